@@ -1,0 +1,122 @@
+"""What a person sees while a step works: a bar on a terminal, plain lines in a log.
+
+Everything goes to standard error, so that standard output stays what a script may read.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_LINE_EVERY_SECONDS = 5.0
+_quiet = False
+
+
+class Progress(Protocol):
+    """Something that counts up to a total."""
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` further units (bytes unless said otherwise)."""
+
+
+def set_quiet(quiet: bool) -> None:
+    """Leave out progress and remarks from now on; errors and the summary line stay."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(message: str) -> None:
+    """One remark to the person watching."""
+    if not _quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "bytes") -> Iterator[Progress]:
+    """Show how far a piece of work has come.
+
+    Args:
+        description: what is being done, a few words.
+        total: how many units there are, or None when that is not known.
+        unit: `bytes` are shown as MB with a rate; anything else is counted.
+    """
+    if _quiet:
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with _bar(description, total, unit) as bar:
+            yield bar
+    else:
+        lines = _Lines(description, total, unit)
+        yield lines
+        lines.done()
+
+
+class _Silent:
+    def advance(self, amount: int) -> None:
+        """Show nothing."""
+
+
+@contextmanager
+def _bar(description: str, total: int | None, unit: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    amount = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    )
+    with RichProgress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task(description, total=total)
+
+        class _Bar:
+            def advance(self, amount: int) -> None:
+                bar.advance(task, amount)
+
+        yield _Bar()
+
+
+class _Lines:
+    """A line now and then, for logs: no carriage returns, no colours."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._count = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._count += amount
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY_SECONDS:
+            self._last = now
+            self._print(now)
+
+    def done(self) -> None:
+        self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        elapsed = now - self._start
+        of = f" of {self._amount(self._total)}" if self._total else ""
+        share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
+        left = ""
+        if self._total and 0 < self._count < self._total:
+            left = f", {elapsed / self._count * (self._total - self._count):.0f} s left"
+        say(f"  {self._description}: {self._amount(self._count)}{of}{share}, {elapsed:.0f} s{left}")
+
+    def _amount(self, count: int) -> str:
+        return f"{count / 1e6:.1f} MB" if self._unit == "bytes" else f"{count} {self._unit}"
