@@ -1,0 +1,103 @@
+"""The command line of a step: its options, its exit code, its errors."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from phi3_mlflow import console
+from phi3_mlflow.errors import EXIT_DONE, EXIT_FAULT, ProjectError
+from phi3_mlflow.params import PARAMETERS, Request, read_request
+from phi3_mlflow.step import Step, carry_out
+
+
+def command(
+    name: str,
+    parameters: tuple[str, ...],
+    manual: str | None,
+    do: Callable[[Request], object],
+    choices: dict[str, tuple[str, ...]] | None = None,
+) -> click.Command:
+    """A click command whose options are a step's parameters.
+
+    Args:
+        name: the step's name.
+        parameters: the names it takes.
+        manual: the script's docstring.
+        do: is called with the checked request.
+        choices: allowed values that depend on the step.
+    """
+
+    def callback(**values: str) -> None:
+        sys.exit(guarded(lambda: do(read_request(parameters, values, choices))))
+
+    options = [
+        click.Option(
+            [PARAMETERS[parameter].option],
+            default=PARAMETERS[parameter].default,
+            show_default=True,
+            metavar="TEXT",
+            help=PARAMETERS[parameter].help,
+        )
+        for parameter in parameters
+    ]
+    help_text = "\b\n" + (manual or "").strip().replace("\n\n", "\n\n\b\n")
+    return click.Command(name, callback=callback, params=list(options), help=help_text)
+
+
+def step_command(step: Step, manual: str | None) -> click.Command:
+    """The command line of one step."""
+    choices = {"force": ("true", "false")}
+    return command(
+        step.name, step.all_parameters, manual, lambda request: _carry_out(step, request), choices
+    )
+
+
+def _carry_out(step: Step, request: Request) -> None:
+    console.set_quiet(request.flag("quiet"))
+    carry_out(step, request)
+
+
+def guarded(do: Callable[[], object]) -> int:
+    """Do something and turn what goes wrong into a message and an exit code.
+
+    Returns:
+        0 done, 2 bad input, 3 the gate said no, 1 the rest; 128 + n after signal n.
+    """
+    _stop_on_terminate()
+    try:
+        do()
+    except ProjectError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except MemoryError:
+        print(
+            "error: not enough memory. Close other programs, or take a smaller profile.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_FAULT
+    return EXIT_DONE
+
+
+def _stop_on_terminate() -> None:
+    """Let SIGTERM unwind the stack, so that unfinished output is removed and the run closed."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if sys.platform != "win32":
+        signal.signal(signal.SIGTERM, stop)
+
+
+def run_script(step: Step, manual: str | None) -> Any:
+    """What a step's script does when it is run: parse the command line and go."""
+    return step_command(step, manual).main(prog_name=f"python -m steps.{step.name}")

@@ -1,0 +1,125 @@
+"""Every parameter of every entry point, once: its name, default, meaning and profile key.
+
+`MLproject` and the README's table repeat the names and defaults; a test compares them with this
+list. MLproject has neither booleans nor nulls and checks no types, so everything arrives as text
+here, and `auto` stands for "as the profile says" or "what the preceding step left".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.profiles import Profile, load_profile
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        name: as in `-P NAME=value`; a script's option is the same with hyphens.
+        help: what it means, for `--help` and the README.
+        default: as in MLproject.
+        profile_key: the dotted profile key it overrides, if it does.
+        choices: the only values allowed, where that is known without the profile.
+    """
+
+    name: str
+    help: str
+    default: str = AUTO
+    profile_key: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+_ALL = (
+    Parameter("profile", "a name in configs/, or the path of a YAML file", "smollm2-135m"),
+    Parameter("source", "where the checkpoint comes from", profile_key="source"),
+    Parameter("flavor", "onnx, transformers or both", profile_key="flavor"),
+    Parameter("contract", "chat, or prompt (ONNX flavor only)", profile_key="contract"),
+    Parameter("precision", "int4 or fp32, of the ONNX flavor", profile_key="precision"),
+    Parameter(
+        "algorithm", "how int4 weights are rounded", profile_key="quantization.algorithm"
+    ),
+    Parameter(
+        "block_size", "weights that share a scale", profile_key="quantization.block_size"
+    ),
+    Parameter(
+        "registered_model", "name in the Model Registry", profile_key="registered_model"
+    ),
+    Parameter("size", "evaluation sets: quick or full", profile_key="evaluation.size"),
+    Parameter("questions", "a file of questions of your own", profile_key="evaluation.questions"),
+    Parameter("checkpoint", "a checkpoint's folder; auto: what the step before it left"),
+    Parameter("onnx", "an ONNX model's folder; auto: what export left"),
+    Parameter("model_uri", "a logged model's URI; auto: what log left"),
+    Parameter("version", "a version's number or models:/ URI; auto: the alias challenger"),
+    Parameter("action", "promote, or rollback to the champion before", "promote",
+              choices=("promote", "rollback")),
+    Parameter("force", "promote: true moves the alias in spite of the gate; "
+              "elsewhere: do the step again although its output is there", "false"),
+    Parameter("quiet", "true: no progress, only the summary line and errors", "false",
+              choices=("true", "false")),
+)  # fmt: skip
+PARAMETERS: Mapping[str, Parameter] = {parameter.name: parameter for parameter in _ALL}
+SHARED = ("profile", "force", "quiet")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asked a step for: the profile with its overrides, and the other parameters."""
+
+    profile: Profile
+    values: Mapping[str, str]
+
+    def value(self, name: str) -> str:
+        return self.values.get(name, PARAMETERS[name].default)
+
+    def is_auto(self, name: str) -> bool:
+        return self.value(name) == AUTO
+
+    def flag(self, name: str) -> bool:
+        return self.value(name) == "true"
+
+
+def read_request(
+    names: Iterable[str],
+    values: Mapping[str, str],
+    choices: Mapping[str, tuple[str, ...]] | None = None,
+) -> Request:
+    """Check a step's parameters and lay them over the profile.
+
+    Args:
+        names: the parameters that the step has.
+        values: name to text, as given; what is not given has its default.
+        choices: allowed values that depend on the step.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    allowed = {name: PARAMETERS[name] for name in names}
+    problems = [
+        f"parameter: unknown name {name!r}; this step has {', '.join(allowed)}"
+        for name in values
+        if name not in allowed
+    ]
+    overrides: dict[str, str] = {}
+    for name, parameter in allowed.items():
+        value = values.get(name, parameter.default)
+        valid = (choices or {}).get(name, parameter.choices)
+        if valid and value not in valid:
+            problems.append(f"parameter: {name} = {value!r}: allowed: {', '.join(valid)}")
+        elif not value.strip():
+            problems.append(f"parameter: {name} is empty; leave it out, or give {AUTO}")
+        elif parameter.profile_key and value != AUTO:
+            overrides[parameter.profile_key] = value
+    name_or_path = values.get("profile", PARAMETERS["profile"].default)
+    if not name_or_path.strip():
+        raise UserError(problem_list("These parameters are wrong", problems))
+    return Request(load_profile(name_or_path, overrides, problems), dict(values))

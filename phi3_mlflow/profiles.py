@@ -1,0 +1,291 @@
+"""A profile: everything that decides what a run of the pipeline produces, as one YAML file.
+
+Profile file < entry-point parameters. All that is wrong with either is reported in one message,
+before any work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.sources.spec import parse_source
+
+PROFILE_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+
+Flavor = Literal["onnx", "transformers", "both"]
+Precision = Literal["int4", "fp32"]
+Contract = Literal["chat", "prompt"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Settings(BaseModel):
+    """Base of the profile's sections: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RuntimeSettings(Settings):
+    """How the logged ONNX model runs; every value can be overridden when it is loaded."""
+
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0 takes all cores")
+    max_context: int | None = Field(
+        default=None, ge=16, description="tokens of prompt and answer together; default: the model's"
+    )
+    provider: Literal["cpu", "cuda"] = "cpu"
+
+
+class EvaluationSettings(Settings):
+    """What the model is measured on."""
+
+    size: Literal["quick", "full"] = Field(
+        default="quick", description="the project's own sets: the quick part or all of it"
+    )
+    questions: str = Field(default="auto", description="a JSONL, CSV or Parquet file of questions")
+    texts: str = Field(default="auto", description="a JSONL file of held-out texts")
+    window: int = Field(default=512, ge=32, le=4096, description="tokens scored in one piece")
+
+
+class Bound(Settings):
+    """What a metric must keep to."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _has_a_side(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+METRICS = (
+    "perplexity",
+    "perplexity_ratio",
+    "kl_mean",
+    "top1_agreement",
+    "accuracy",
+    "tokens_per_second",
+    "time_to_first_token_s",
+    "peak_memory_bytes",
+    "size_bytes",
+)
+
+
+class GateSettings(Settings):
+    """The thresholds a version must keep to before the alias `champion` moves to it."""
+
+    thresholds: dict[str, Bound] = Field(default_factory=dict)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _known_metrics(cls, value: dict[str, Bound]) -> dict[str, Bound]:
+        unknown = sorted(set(value) - set(METRICS))
+        if unknown:
+            raise ValueError(
+                f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}"
+            )
+        return value
+
+
+class Profile(Settings):
+    """One model and what is to become of it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str
+    base_model: str = Field(description="the model's name where it was published")
+    licence: str = Field(description="SPDX identifier of the model's licence")
+    training_data: str = Field(default="not stated", description="the publisher's statement")
+    source: str
+    sha256: dict[str, Sha256] = Field(
+        default_factory=dict, description="file name: hash that the source must deliver"
+    )
+    context_length: int = Field(ge=16, description="tokens")
+    flavor: Flavor = "onnx"
+    contract: Contract = "chat"
+    precision: Precision = "int4"
+    registered_model: str = Field(pattern=r"^[^/:@]+$", description="default: the profile's name")
+    quantization: QuantizationSettings = QuantizationSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+
+    @field_validator("source")
+    @classmethod
+    def _source_parses(cls, value: str) -> str:
+        try:
+            parse_source(value)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Profile:
+        if self.contract == "prompt" and self.flavor != "onnx":
+            raise ValueError(
+                f"contract 'prompt' needs flavor 'onnx', found flavor '{self.flavor}'; "
+                "the transformers flavor answers the chat contract only"
+            )
+        if self.runtime.max_context and self.runtime.max_context > self.context_length:
+            raise ValueError(
+                f"runtime.max_context {self.runtime.max_context} is beyond the model's "
+                f"context_length {self.context_length}"
+            )
+        return self
+
+    @property
+    def makes_onnx(self) -> bool:
+        """Whether an ONNX directory is part of what this profile produces."""
+        return self.flavor in ("onnx", "both")
+
+    @property
+    def quantizes(self) -> bool:
+        return self.makes_onnx and self.precision == "int4"
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the project."""
+    return sorted(file.stem for file in PROFILE_DIRECTORY.glob("*.yaml"))
+
+
+def find_profile(name_or_path: str) -> Path:
+    """The file of a profile, given its name in `configs/` or its path.
+
+    Raises:
+        UserError: there is no such profile; the message names those there are.
+    """
+    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
+    file = (
+        Path(name_or_path).expanduser()
+        if looks_like_path
+        else PROFILE_DIRECTORY / f"{name_or_path}.yaml"
+    )
+    if file.is_file():
+        return file
+    if looks_like_path:
+        raise UserError(
+            f"profile: there is no file {file.absolute()}\n"
+            "Give an absolute path (a relative one counts from the project's folder), or one of "
+            f"the names {', '.join(profile_names())}."
+        )
+    close = difflib.get_close_matches(name_or_path, profile_names(), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UserError(
+        f"profile: there is no profile {name_or_path!r}.{hint}\n"
+        f"Allowed: {', '.join(profile_names())}, or the path of a YAML file of your own."
+    )
+
+
+def load_profile(
+    name_or_path: str, overrides: Mapping[str, str] | None = None, problems: Sequence[str] = ()
+) -> Profile:
+    """Read a profile and lay the entry-point parameters over it.
+
+    Args:
+        name_or_path: a name in `configs/`, or the path of a YAML file.
+        overrides: dotted profile key to value, as text.
+        problems: what is already known to be wrong elsewhere, to be reported in the same message.
+
+    Raises:
+        UserError: everything that is wrong with the file and the overrides, and what is allowed.
+    """
+    overrides = dict(overrides or {})
+    try:
+        file = find_profile(name_or_path)
+    except UserError as error:
+        if problems:
+            raise UserError(
+                problem_list("These parameters are wrong", [*problems, str(error)])
+            ) from error
+        raise
+    content = _read_yaml(file)
+    content.setdefault("name", file.stem)
+    content.setdefault("registered_model", content["name"])
+    if overrides.get("registered_model") is None:
+        overrides.pop("registered_model", None)
+    for key, value in overrides.items():
+        _lay_over(content, key, value)
+    found: list[str] = list(problems)
+    try:
+        profile = Profile.model_validate(content)
+    except ValidationError as error:
+        found += [_describe(problem, file, overrides) for problem in error.errors()]
+    if found:
+        raise UserError(problem_list(f"Profile {name_or_path} cannot be used", found))
+    return profile
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file.name} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file.name}: expected a mapping of keys, found {type(content).__name__}")
+    return content
+
+
+def _lay_over(content: dict[str, Any], dotted: str, value: str) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        section = content.setdefault(part, {})
+        if not isinstance(section, dict):  # reported by validation as a wrong type
+            return
+        content = section
+    content[last] = value
+
+
+def _describe(problem: Any, file: Path, overrides: Mapping[str, str]) -> str:
+    """One problem as `where: key = value: what is wrong; what is allowed`."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    where = "parameter" if key in overrides else file.name
+    if problem["type"] == "extra_forbidden":
+        allowed = sorted(_fields_at(location[:-1]))
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{where}: unknown key {key}; {hint}Allowed here: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{where}: {key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}"
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | list) else f" = {value!r}"
+    return f"{where}: {key}{shown}: {message}"
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    """The keys allowed in the section at `path`."""
+    model: Any = Profile
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        model = _model_in(field.annotation)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    """The settings class in an annotation such as `X | None` or `dict[str, X]`."""
+    if get_origin(annotation) in (Union, types.UnionType, dict, list):
+        models = [_model_in(argument) for argument in get_args(annotation)]
+        return next((m for m in models if hasattr(m, "model_fields")), None)
+    return annotation

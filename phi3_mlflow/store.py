@@ -1,0 +1,243 @@
+"""Where step outputs are kept: a content-addressed cache outside the checkout.
+
+    ROOT/outputs/STEP/KEY/output/...        the files of the output, with manifest.json
+    ROOT/outputs/STEP/KEY/origin.json       the key's parts, the run that did the work, its figures
+    ROOT/outputs/STEP/KEY/verified.json     what the files looked like when their hashes were read
+    ROOT/latest/PROFILE/STEP.json           what a step last left for a profile
+    ROOT/building/STEP-KEY-*/               work in progress, never read by anyone else
+    ROOT/downloads/                         partial downloads
+    ROOT/locks/
+
+An output appears by one rename of its KEY directory, or not at all. Work in progress belongs to
+whoever holds the lock of its key, so what is found there under the lock is debris.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.manifests import MANIFEST_NAME, Manifest, walk_files
+
+_KEY_LENGTH = 40
+
+
+def cache_root() -> Path:
+    """The cache's folder: `PHI3_MLFLOW_CACHE`, else `phi3-mlflow` in the user's cache folder."""
+    configured = os.environ.get("PHI3_MLFLOW_CACHE")
+    if configured:
+        return Path(configured).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "phi3-mlflow"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The cache key of a step's work.
+
+    Args:
+        parts: everything that decides the output, typed, as JSON values. Values that compare equal
+            but differ in type (1, 1.0, "1", true) give different keys.
+
+    Returns:
+        A hex string, the same for the same parts whatever the order of their keys.
+    """
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_KEY_LENGTH]
+
+
+def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The names of the key parts that differ, dotted, in order."""
+    names: list[str] = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += changed_parts(before, after, f"{prefix}{name}.")
+        elif before != after or type(before) is not type(after):
+            names.append(f"{prefix}{name}")
+    return names
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An output in the cache: its files under `path`, and where it came from."""
+
+    step: str
+    key: str
+    path: Path
+    manifest: Manifest
+    origin: Mapping[str, Any]
+
+
+class Store:
+    """The cache of step outputs."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or cache_root()
+
+    @property
+    def downloads(self) -> Path:
+        return self.root / "downloads"
+
+    def find(self, step: str, key: str) -> Entry | None:
+        """The output of a step, when it is there and whole.
+
+        Every file's hash is compared with the manifest; files that have not been touched since
+        they were last read (same size, inode, modification and change time) are not read again.
+        A damaged output is removed.
+        """
+        place = self._place(step, key)
+        if not place.is_dir():
+            return None
+        try:
+            entry = self._read(step, key)
+            whole = not self._damage(place, entry.manifest)
+        except (UserError, OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            shutil.rmtree(place, ignore_errors=True)
+            return None
+        return entry
+
+    @contextmanager
+    def locked(self, step: str, key: str) -> Iterator[None]:
+        """Be the only one, of all processes, who builds this output."""
+        from filelock import FileLock
+
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(locks / f"{step}-{key}.lock")):
+            for debris in (self.root / "building").glob(f"{step}-{key}-*"):
+                shutil.rmtree(debris, ignore_errors=True)
+            yield
+
+    @contextmanager
+    def building(self, step: str, key: str, origin: dict[str, Any]) -> Iterator[Path]:
+        """Make an output: fill the directory that is yielded; it appears when the block ends.
+
+        The caller holds the lock. When the block raises, nothing is left behind.
+
+        Args:
+            step, key: whose output it is.
+            origin: what to write down beside it; the caller may add to it inside the block.
+
+        Raises:
+            EnvironmentProblem: the disk is full.
+        """
+        nursery = self.root / "building"
+        nursery.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{step}-{key}-", dir=nursery))
+        try:
+            output = work / "output"
+            output.mkdir()
+            yield output
+            manifest = Manifest.of_directory(output)
+            manifest.write(output)
+            _write_json(work / "origin.json", origin)
+            _write_json(work / "verified.json", _stamps(output))
+            _sync_tree(work)
+            place = self._place(step, key)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():  # forced to do it again: the new output takes the old one's place
+                shutil.rmtree(place)
+            work.rename(place)
+            _sync_directory(place.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise EnvironmentProblem(
+                    f"{step}: no space left on the disk that holds {self.root}.\n"
+                    "Nothing of the unfinished output was kept. Free some space, or set "
+                    "PHI3_MLFLOW_CACHE to a folder on a larger disk."
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def set_latest(self, profile: str, step: str, key: str) -> None:
+        """Remember what a step last left for a profile."""
+        file = self.root / "latest" / profile / f"{step}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(file, {"key": key, "time": time.time()})
+
+    def latest(self, profile: str, step: str) -> Entry | None:
+        """What a step last left for a profile, when it is still there and whole."""
+        file = self.root / "latest" / profile / f"{step}.json"
+        try:
+            key = json.loads(file.read_text("utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return self.find(step, key)
+
+    def last_parts(self, profile: str, step: str) -> Mapping[str, Any] | None:
+        """The key parts of what a step last left for a profile, or None."""
+        entry = self.latest(profile, step)
+        return entry.origin.get("parts") if entry else None
+
+    def _place(self, step: str, key: str) -> Path:
+        return self.root / "outputs" / step / key
+
+    def _read(self, step: str, key: str) -> Entry:
+        place = self._place(step, key)
+        origin = json.loads((place / "origin.json").read_text("utf-8"))
+        output = place / "output"
+        return Entry(step, key, output, Manifest.read(output), origin)
+
+    def _damage(self, place: Path, manifest: Manifest) -> list[str]:
+        output = place / "output"
+        stamps = _stamps(output)
+        try:
+            known = json.loads((place / "verified.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            known = None
+        untouched = known == stamps
+        problems = manifest.differences(output, hashes=not untouched)
+        if not problems and not untouched:
+            _write_json(place / "verified.json", stamps)
+        return problems
+
+
+def _stamps(output: Path) -> dict[str, list[int]]:
+    """What changes when somebody touches a file; the change time cannot be set back."""
+    stamps = {}
+    for file in [*walk_files(output), output / MANIFEST_NAME]:
+        stat = file.stat()
+        path = file.relative_to(output).as_posix()
+        # A rename of the directory above leaves all of these as they are.
+        stamps[path] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stamps
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Replace a JSON file in one step."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    temporary.replace(file)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Have the content on the disk before the name: a power cut leaves all of it or nothing."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            _sync_directory(file)
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""The MLflow run of a step: opened, filled and closed alike for every step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.params import Request
+from phi3_mlflow.resources import ResourceMeter
+from phi3_mlflow.store import Entry
+
+if TYPE_CHECKING:
+    import mlflow
+
+    from phi3_mlflow.step import Input
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+EXPERIMENT_NAME = "phi3-mlflow"
+_PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
+
+
+class StepRun:
+    """A step's MLflow run while the step is at work."""
+
+    def __init__(self, run: mlflow.ActiveRun, tracking_uri: str) -> None:
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.tracking_uri = tracking_uri
+        self._meter = ResourceMeter()
+
+    def log_settings(self, settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> None:
+        """Log what decides the output: typed settings and inputs.
+
+        They are named `resolved.NAME`, because `mlflow run` has already logged the parameters as
+        they were given, and a logged parameter cannot change.
+        """
+        import mlflow
+
+        values = {f"resolved.{name}": value for name, value in flatten(settings).items()}
+        for name, given in inputs.items():
+            values[f"resolved.{name}"] = given.location
+            values[f"resolved.{name}.sha256"] = given.digest
+        mlflow.log_params({name: str(value)[:_PARAM_LIMIT] for name, value in values.items()})
+
+    def point_to(self, entry: Entry) -> None:
+        """Mark this run as one that found its output made by an earlier run."""
+        import mlflow
+
+        mlflow.set_tags({"cached": "true", "cached_from_run": entry.origin.get("run_id", "")})
+
+    def finish(self, step: str, entry: Entry, was_there: bool) -> None:
+        """Log figures and the output's manifest, and print the summary line."""
+        import mlflow
+
+        figures = self._meter.figures()
+        metrics = {**entry.origin.get("metrics", {}), **figures}
+        mlflow.log_metrics(metrics)
+        mlflow.log_dict(json.loads(entry.manifest.to_json()), f"manifest/{step}.json")
+        mlflow.set_tags({"output_sha256": entry.manifest.digest, "output_path": str(entry.path)})
+        print(
+            summary_line(
+                step=step,
+                status="done",
+                cached=was_there,
+                seconds=round(figures["wall_time_s"], 1),
+                peak_rss_mb=round(figures["peak_rss_bytes"] / 1e6),
+                output_mb=round(entry.manifest.total_bytes / 1e6, 1),
+                output=entry.path,
+                run_id=self.run_id,
+            ),
+            flush=True,
+        )
+
+
+@contextmanager
+def step_run(step: str, request: Request, parent_run_id: str | None) -> Iterator[StepRun]:
+    """Open the run of a step: the one `mlflow run` made, a child of `main`'s, or a new one.
+
+    A step that fails leaves its run FAILED with the message as the tag `error`; one that is
+    stopped leaves it KILLED.
+    """
+    import mlflow
+
+    with _open_run(step, parent_run_id) as run:
+        mlflow.set_tags({"step": step, "profile": request.profile.name, "git_commit": git_commit()})
+        try:
+            yield StepRun(run, mlflow.get_tracking_uri())
+        except ProjectError as error:
+            mlflow.set_tag("error", str(error)[:_PARAM_LIMIT])
+            raise
+
+
+@contextmanager
+def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun]:
+    import mlflow
+    from mlflow.entities import RunStatus
+
+    connect()
+    if parent_run_id:
+        parent = mlflow.get_run(parent_run_id)
+        run = mlflow.start_run(
+            experiment_id=parent.info.experiment_id, run_name=step, parent_run_id=parent_run_id
+        )
+    else:
+        run = mlflow.start_run(run_name=None if os.environ.get("MLFLOW_RUN_ID") else step)
+    status = RunStatus.FINISHED
+    try:
+        yield run
+    except (KeyboardInterrupt, SystemExit):
+        status = RunStatus.KILLED
+        raise
+    except BaseException:
+        status = RunStatus.FAILED
+        raise
+    finally:
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def connect() -> str:
+    """Point MLflow at the tracking store and the experiment; returns the tracking URI.
+
+    `MLFLOW_TRACKING_URI` is honoured; without it the store is a SQLite file in the working folder.
+
+    Raises:
+        EnvironmentProblem: the store is one that MLflow no longer takes, or does not answer.
+    """
+    import logging
+
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    # The schema of a new database is made in some fifty steps, each a line; none says anything.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = DEFAULT_TRACKING_URI
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    try:
+        mlflow.set_tracking_uri(uri)
+        if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
+    except MlflowException as error:
+        raise EnvironmentProblem(
+            f"MLflow's tracking store {uri} cannot be used: {error}\n"
+            f"Set MLFLOW_TRACKING_URI to a database or a server, for example {DEFAULT_TRACKING_URI}"
+        ) from error
+    return uri
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def git_commit() -> str:
+    """The commit of the project's code, marked when the tree differs from it."""
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return "unknown"
+    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def summary_line(**fields: Any) -> str:
+    """One line in logfmt for log collectors."""
+
+    def quote(value: Any) -> str:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        plain = text and not any(c.isspace() or c in '"=' for c in text)
+        return text if plain else json.dumps(text, ensure_ascii=False)
+
+    return " ".join(f"{name}={quote(value)}" for name, value in fields.items())
