@@ -1,0 +1,61 @@
+# On a machine with Python 3.11: `make run` takes the profile to the Model Registry, `make test` runs
+# the tests. Both set up .venv first and find it ready the next time. `make help` lists the rest.
+
+PROFILE    ?= smollm2-135m
+EXPERIMENT ?= phi3-mlflow
+# More for `mlflow run`, as in: make run ARGS="-P force=all"
+ARGS       ?=
+# More for pytest, as in: make test PYTEST="tests/project -x"
+PYTEST     ?=
+
+MLFLOW_TRACKING_URI     ?= sqlite:///$(CURDIR)/mlflow.db
+MLFLOW_DISABLE_TELEMETRY ?= true
+ORT_DISABLE_TELEMETRY   ?= 1
+export MLFLOW_TRACKING_URI MLFLOW_DISABLE_TELEMETRY ORT_DISABLE_TELEMETRY
+
+# `mlflow run --env-manager local` takes the `python` that is first on the PATH.
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+
+# A Python 3.11 of the machine, not .venv's: it is what makes .venv.
+PYTHON ?=
+SETUP   = python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/setup_venv.py
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint setup setup-dev readme lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+run: setup  ## the whole pipeline on PROFILE (default smollm2-135m), through `mlflow run`
+	@mlflow run . -e main --env-manager local --experiment-name "$(EXPERIMENT)" \
+		-P profile="$(PROFILE)" $(ARGS)
+
+test: lint  ## everything: checks, generated documentation, all tests
+	@python tools/readme_tables.py --check
+	@python -m pytest $(PYTEST)
+
+check: lint  ## what takes about a minute: checks and the fast tests
+	@python tools/readme_tables.py --check
+	@python -m pytest -m "not slow" -q $(PYTEST)
+
+lint: setup-dev
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+setup:  ## .venv with what the pipeline needs, and nothing else done
+	@$(SETUP) runtime
+
+setup-dev:  ## .venv with what the tests and the checks need, too
+	@$(SETUP) dev
+
+readme: setup-dev  ## write the generated tables of README.md and docs/ again
+	@python tools/readme_tables.py
+
+lock:  ## resolve conda.yaml and requirements/ again and write the constraints files
+	@python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/lock.py
+
+clean:  ## remove .venv and the tools' caches; mlflow.db, mlruns and the step cache stay
+	rm -rf .venv .venv.lock .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
