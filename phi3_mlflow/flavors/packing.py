@@ -1,0 +1,132 @@
+"""What both flavors share when a model is logged: its signature, its code, its requirements."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from phi3_mlflow.errors import EnvironmentProblem, UserError
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+Contract = Literal["chat", "prompt"]
+Flavor = Literal["onnx", "transformers"]
+
+_HERE = Path(__file__).parent
+_SERVING = "serving"
+_REQUIREMENTS: dict[str, tuple[str, ...]] = {
+    "onnx": ("mlflow", "numpy", "onnxruntime-genai", "onnxruntime"),
+    # MLflow's transformers flavor loads with accelerate; a text model has no use for torchvision.
+    "transformers": ("mlflow", "numpy", "torch", "transformers", "accelerate"),
+}
+# The distributions that bring the same modules for other hardware.
+_ALTERNATIVES = {
+    "onnxruntime-genai": ("onnxruntime-genai-cuda",),
+    "onnxruntime": ("onnxruntime-gpu",),
+}
+
+CHAT_EXAMPLE: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "What is the capital of Spain?"}],
+    "max_tokens": 32,
+}
+PROMPT_EXAMPLE: dict[str, Any] = {
+    "prompt": (
+        "<|system|>You are a stand-up comedian.<|end|>"
+        "<|user|>Tell me a joke about atom<|end|><|assistant|>"
+    )
+}
+
+
+def requirements(flavor: Flavor) -> list[str]:
+    """Pip requirements of a logged model: the versions installed here, exactly.
+
+    A local version label (`2.13.0+cpu`) is left out: it names a build that other machines may not
+    find, of the same release.
+
+    Raises:
+        EnvironmentProblem: one of them is not installed.
+    """
+    return [_pin(name) for name in _REQUIREMENTS[flavor]]
+
+
+def _pin(name: str) -> str:
+    for candidate in (name, *_ALTERNATIVES.get(name, ())):
+        try:
+            return f"{candidate}=={version(candidate).partition('+')[0]}"
+        except PackageNotFoundError:
+            continue
+    raise EnvironmentProblem(
+        f"{name} is not installed, so its version cannot be written into the model's requirements; "
+        "install the project's environment (conda.yaml) and run the step in it"
+    )
+
+
+def signature(contract: Contract) -> ModelSignature:
+    """The signature of a contract.
+
+    Chat: inputs and outputs are MLflow's own chat schema. It has no column for `seed`, and MLflow
+    removes what the schema does not know, so `seed` is a parameter of the signature: a served
+    request carries it like any other field, `predict` takes it as `params={"seed": 1}`.
+    Prompt: a text column `prompt`, and a text.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+    from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    seed = ParamSpec("seed", DataType.long, None)
+    if contract == "chat":
+        return ModelSignature(
+            CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA, ParamSchema([seed])
+        )
+    sampling = [
+        ParamSpec("temperature", DataType.double, None),
+        ParamSpec("top_p", DataType.double, None),
+        ParamSpec("max_tokens", DataType.long, None),
+        ParamSpec("stop", DataType.string, [], shape=(-1,)),
+        seed,
+    ]
+    return ModelSignature(
+        Schema([ColSpec(DataType.string, "prompt")]),
+        Schema([ColSpec(DataType.string)]),
+        ParamSchema(sampling),
+    )
+
+
+def full_config(values: dict[str, Any]) -> dict[str, Any]:
+    """`model_config` with every value that can be overridden at load time.
+
+    Raises:
+        UserError: a value is unknown or of the wrong kind.
+    """
+    from phi3_mlflow.flavors.serving.front import Config
+
+    try:
+        return asdict(Config.read(values))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def code_file(contract: Contract) -> Path:
+    """The models-from-code file of a contract."""
+    return _HERE / f"{contract}_model.py"
+
+
+def copy_code(contract: Contract, folder: Path) -> None:
+    """Put the code that answers into a model's folder: the models-from-code file and `serving`."""
+    shutil.copyfile(code_file(contract), folder / code_file(contract).name)
+    target = folder / _SERVING
+    target.mkdir()
+    for file in sorted((_HERE / _SERVING).glob("*.py")):
+        shutil.copyfile(file, target / file.name)
+
+
+def write_documents(folder: Path, model_card: str | None, license_text: str | None) -> None:
+    """Put the model card and the licence into a model's folder, under MLflow's names for them."""
+    if model_card is not None:
+        (folder / "model_card.md").write_text(model_card, encoding="utf-8")
+    if license_text is not None:
+        (folder / "LICENSE.txt").write_text(license_text, encoding="utf-8")

@@ -1,0 +1,34 @@
+"""The models-from-code file of the plain contract, a text in and a text out.
+
+It is copied into the logged model together with the folder `serving`, which lies next to it there
+as it does here. MLflow's own way to bring modules along, `code_paths`, puts them on `sys.path`
+under their plain names, so a process that loads two versions of a model (a champion beside its
+challenger) would run the code of the first for both. Here each load gets modules of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from mlflow.models import set_model
+
+
+def _serving() -> ModuleType:
+    folder = Path(__file__).with_name("serving")
+    name = f"{__name__}_serving"  # MLflow runs this file under a name that is new each time
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"the logged model is incomplete: {folder} is missing")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    return importlib.import_module(f"{name}.front")
+
+
+set_model(_serving().ChatFront("prompt"))

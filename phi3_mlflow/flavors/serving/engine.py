@@ -1,0 +1,100 @@
+"""What the chat front needs of an engine, and where a prompt is cut into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+# A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
+# the last cut it would not pay.
+LEAST_PIECE = 16
+
+
+class Session(Protocol):
+    """One sequence of tokens in the engine's memory."""
+
+    capacity: int
+    """Tokens it can hold."""
+    reusable: bool
+    """Whether `rewind` is exact, so that another request may continue from a part of it."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens and compute."""
+
+    def logits(self) -> np.ndarray:
+        """Logits of the token that follows the last one, shape (V,), float32."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+
+class Engine(Protocol):
+    """A loaded model with its tokenizer."""
+
+    context: int
+    """Tokens it can hold, prompt and answer together."""
+    ends: frozenset[int]
+    """Tokens that end a turn."""
+    token_bytes: int
+    """Bytes of key-value cache for each token."""
+    rope_switch: int
+    """Length beyond which positions are encoded differently (LongRoPE), or 0."""
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, by the chat template, ready for the assistant's answer."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a literal text, in which control tokens are taken for what they are."""
+
+    def decoder(self) -> Callable[[int], str]:
+        """A function that takes the tokens of one answer in turn and gives their text."""
+
+    def open(self, capacity: int) -> Session:
+        """An empty session that can hold `capacity` tokens."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine is set up: the values of `model_config` that concern it.
+
+    Attributes:
+        threads: processor threads; 0 takes every core this process may use.
+        max_context: upper bound for prompt and answer together; 0: what the model was made for.
+        provider: `cpu` or `cuda`.
+        rope_switch: see `Engine.rope_switch`.
+        dtype: number type of the weights (transformers only); empty: as they are stored.
+    """
+
+    threads: int = 0
+    max_context: int = 0
+    provider: str = "cpu"
+    rope_switch: int = 0
+    dtype: str = ""
+
+
+def cuts(tokens: Sequence[int], ends: Collection[int], chunk: int, rope_switch: int) -> list[int]:
+    """Where a prompt is cut into the pieces that are computed one after another.
+
+    Kernels round differently for different numbers of rows, so a state may only be reused for
+    another prompt if computing that prompt from nothing would take the very same pieces. That
+    holds here because each cut depends only on tokens before it: after every turn of the
+    conversation (where a later request most often departs) and every `chunk` tokens.
+
+    Returns:
+        Ends of the pieces, ascending; the last is `len(tokens)`. A prompt beyond the LongRoPE
+        switch is one piece: each of its positions must be computed with the long factors.
+    """
+    if 0 < rope_switch < len(tokens):
+        return [len(tokens)]
+    found, last = [], 0
+    for at, token in enumerate(tokens, start=1):
+        size = at - last
+        if size == chunk or (size >= LEAST_PIECE and token in ends):
+            found.append(at)
+            last = at
+    if last < len(tokens):
+        found.append(len(tokens))
+    return found

@@ -1,0 +1,137 @@
+"""The engine over onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Settings
+from .request import RequestError
+
+# onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+class GenaiEngine:
+    """A directory made by onnxruntime-genai's model builder.
+
+    Args:
+        folder: holds genai_config.json, the graph with its weights, and the tokenizer.
+
+    Raises:
+        ValueError: a setting that this installation or this model cannot meet.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        import onnxruntime_genai as og
+
+        self._og = og
+        about = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        made_for = int(about["context_length"])
+        if settings.max_context > made_for:
+            raise ValueError(
+                f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
+                "that the model was made for"
+            )
+        self.context = settings.max_context or made_for
+        self.rope_switch = settings.rope_switch
+        decoder = about["decoder"]
+        self.token_bytes = (
+            2  # keys and values
+            * decoder["num_hidden_layers"]
+            * decoder["num_key_value_heads"]
+            * decoder["head_size"]
+            * (4 if settings.provider == "cpu" else 2)
+        )
+        self._model = og.Model(_config(og, folder, settings))
+        self._tokenizer = og.Tokenizer(self._model)
+        ends = about["eos_token_id"]
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self._bos = about.get("bos_token_id")
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                json.dumps(messages), add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
+        tokens = self.encode(text)
+        # A template that writes the beginning-of-sequence token, and a tokenizer that adds it.
+        if len(tokens) > 1 and tokens[0] == tokens[1] == self._bos:
+            tokens = tokens[1:]
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def decoder(self) -> Callable[[int], str]:
+        stream = self._tokenizer.create_stream()
+        return lambda token: str(stream.decode(token))
+
+    def open(self, capacity: int) -> GenaiSession:
+        params = self._og.GeneratorParams(self._model)
+        # max_length counts the prompt, and the key-value cache for all of it is allocated at once.
+        params.set_search_options(max_length=capacity, do_sample=False)
+        return GenaiSession(self._og.Generator(self._model, params), capacity, self.rope_switch)
+
+
+class GenaiSession:
+    """A generator that is only ever appended to: the tokens are chosen outside of it.
+
+    So a generator carries no sampling options and no random state, and can serve any request.
+    """
+
+    def __init__(self, generator: Any, capacity: int, rope_switch: int) -> None:
+        self.capacity = capacity
+        self.reusable = True
+        self._generator = generator
+        self._rope_switch = rope_switch
+        self._length = 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        new = np.asarray(tokens, dtype=np.int32)
+        switch = self._rope_switch
+        if 0 < self._length <= switch < self._length + len(new):
+            # LongRoPE: from here on every position is encoded with the long factors, so what was
+            # computed with the short ones is computed again.
+            old = np.asarray(self._generator.get_sequence(0), dtype=np.int32)[: self._length]
+            self._generator.rewind_to(0)
+            new = np.concatenate([old, new])
+            self._length = 0
+        self._generator.append_tokens(new)
+        self._length += len(new)
+        self.reusable = self.reusable and not 0 < switch < self._length
+
+    def logits(self) -> np.ndarray:
+        return np.asarray(self._generator.get_logits()).reshape(-1)
+
+    def rewind(self, length: int) -> None:
+        self._generator.rewind_to(length)
+        self._length = length
+
+
+def _config(og: Any, folder: Path, settings: Settings) -> Any:
+    config = og.Config(str(folder))
+    config.clear_providers()
+    if settings.provider == "cuda":
+        if not og.is_cuda_available():
+            raise ValueError(
+                "model_config provider: the installed onnxruntime-genai has no CUDA; install "
+                "onnxruntime-genai-cuda in its place, or take provider 'cpu'"
+            )
+        config.append_provider("cuda")
+    elif settings.provider != "cpu":
+        raise ValueError(
+            f"model_config provider: {settings.provider!r} is neither 'cpu' nor 'cuda'"
+        )
+    # Left alone, onnxruntime-genai takes half of the hardware threads.
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    options = {"intra_op_num_threads": threads}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return config

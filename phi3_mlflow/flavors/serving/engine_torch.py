@@ -1,0 +1,169 @@
+"""The engine over transformers and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Settings
+from .request import RequestError
+
+
+class TorchEngine:
+    """A Hugging Face checkpoint.
+
+    Args:
+        checkpoint: directory with config.json and the weights as safetensors.
+        tokenizer: directory with the tokenizer and its chat template.
+
+    Raises:
+        ValueError: a setting that this installation or this model cannot meet.
+    """
+
+    def __init__(self, checkpoint: Path, tokenizer: Path, settings: Settings) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if settings.provider == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "model_config provider: the installed torch has no CUDA; take provider 'cpu'"
+            )
+        if settings.provider not in ("cpu", "cuda"):
+            raise ValueError(
+                f"model_config provider: {settings.provider!r} is neither 'cpu' nor 'cuda'"
+            )
+        dtype = getattr(torch, settings.dtype, None) if settings.dtype else "auto"
+        if dtype != "auto" and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"model_config dtype: {settings.dtype!r} is no number type of torch")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        self._model = model.to(settings.provider).eval()
+        config = self._model.config
+        made_for = int(config.max_position_embeddings)
+        if settings.max_context > made_for:
+            raise ValueError(
+                f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
+                "that the model was made for"
+            )
+        self.context = settings.max_context or made_for
+        self.rope_switch = settings.rope_switch or _rope_switch(config)
+        heads = config.num_key_value_heads or config.num_attention_heads
+        head_size = (
+            getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
+        )
+        self.token_bytes = (
+            2 * config.num_hidden_layers * heads * head_size * self._model.dtype.itemsize
+        )
+        ends = self._model.generation_config.eos_token_id or config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
+        self.ends = frozenset(end for end in ends if end is not None)
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
+        return self._tokens(str(text), special=False)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokens(text, special=True)
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        # What the template wrote is complete: adding special tokens would double the first one.
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def decoder(self) -> Callable[[int], str]:
+        return _Decoder(self._tokenizer)
+
+    def open(self, capacity: int) -> TorchSession:
+        return TorchSession(self._model, capacity, self.rope_switch)
+
+
+class TorchSession:
+    """A key-value cache. It grows as it is used, and `capacity` is only what it is counted as."""
+
+    def __init__(self, model: Any, capacity: int, rope_switch: int) -> None:
+        self.capacity = capacity
+        # A cache with a sliding window forgets what has left the window, and cannot be rewound.
+        self.reusable = model.config.get_text_config().sliding_window is None
+        self._model = model
+        self._rope_switch = rope_switch
+        self._tokens: list[int] = []
+        self._cache = self._empty()
+        self._logits: np.ndarray = np.empty(0, dtype=np.float32)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        new, switch = list(tokens), self._rope_switch
+        if 0 < len(self._tokens) <= switch < len(self._tokens) + len(new):
+            # LongRoPE: every position is computed again, with the long factors.
+            new, self._tokens, self._cache = self._tokens + new, [], self._empty()
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.tensor([new], device=self._model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._logits = output.logits[0, -1].float().cpu().numpy()
+        self._tokens += new
+        self.reusable = self.reusable and not 0 < switch < len(self._tokens)
+
+    def logits(self) -> np.ndarray:
+        return self._logits
+
+    def rewind(self, length: int) -> None:
+        if length == 0:
+            self._cache = self._empty()
+        elif length < len(self._tokens):
+            self._cache.crop(length - len(self._tokens))  # below zero: tokens to remove
+        del self._tokens[length:]
+
+    def _empty(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
+
+
+class _Decoder:
+    """Text of one answer, token by token; characters of several tokens come with the last one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # of the tokens that give the next ones their context
+        self._shown = 0  # tokens whose text was given out
+
+    def __call__(self, token: int) -> str:
+        self._ids.append(token)
+        before = self._text(self._ids[self._start : self._shown])
+        text = self._text(self._ids[self._start :])
+        if len(text) <= len(before) or text.endswith("�"):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _rope_switch(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return 0
+    original = getattr(config, "original_max_position_embeddings", None)
+    return int(original or rope.get("original_max_position_embeddings") or 0)

@@ -1,0 +1,78 @@
+"""Choosing the next token from the logits, the same way for every engine."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .request import Sampling
+
+# Sorting a whole vocabulary costs more than the forward pass of a small model; the likeliest tokens
+# nearly always hold the mass that top_p asks for.
+_CANDIDATES = 512
+
+
+class Sampler:
+    """Chooses the tokens of one answer; holds its random numbers and the counts for penalties.
+
+    Args:
+        sampling: what the request asked for.
+        choice: number of the answer among the `n` of a request; each draws its own numbers.
+    """
+
+    def __init__(self, sampling: Sampling, choice: int = 0) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng([sampling.seed, choice])
+        self._counts: dict[int, int] = {}
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token.
+
+        Args:
+            logits: one float per token of the vocabulary, shape (V,); not changed.
+        """
+        sampling = self._sampling
+        if self._counts and (sampling.frequency_penalty or sampling.presence_penalty):
+            logits = logits.astype(np.float32, copy=True)
+            seen = np.fromiter(self._counts, dtype=np.int64)
+            times = np.fromiter(self._counts.values(), dtype=np.float32)
+            logits[seen] -= sampling.frequency_penalty * times + sampling.presence_penalty
+        if sampling.temperature == 0 or sampling.top_k == 1:
+            token = int(logits.argmax())
+        else:
+            token = self._draw(logits)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _draw(self, logits: np.ndarray) -> int:
+        sampling = self._sampling
+        scaled = logits.astype(np.float64) / sampling.temperature
+        scaled -= scaled.max()
+        weights = np.exp(scaled)
+        weights /= weights.sum()
+        if sampling.top_k or sampling.top_p < 1:
+            tokens = _likeliest(weights, sampling.top_k, sampling.top_p)
+            weights = weights[tokens]
+        else:
+            tokens = None
+        cumulated = np.cumsum(weights)
+        at = int(np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right"))
+        at = min(at, len(weights) - 1)
+        return at if tokens is None else int(tokens[at])
+
+
+def _likeliest(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Tokens from the likeliest down: at most `top_k`, and no more than reach the mass `top_p`."""
+    size = len(weights)
+    wanted = min(top_k or size, size)
+    first = min(wanted, _CANDIDATES)
+    while True:
+        tokens = np.argpartition(weights, size - first)[size - first :] if first < size else None
+        tokens = np.arange(size) if tokens is None else tokens
+        tokens = tokens[np.lexsort((tokens, -weights[tokens]))]
+        mass = np.cumsum(weights[tokens])
+        if first >= wanted or mass[-1] >= top_p:
+            break
+        first = wanted
+    if top_p < 1:
+        tokens = tokens[: int(np.searchsorted(mass, top_p, side="left")) + 1]
+    return tokens

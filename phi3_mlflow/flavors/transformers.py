@@ -1,0 +1,134 @@
+"""Logging the transformers flavor: MLflow's own, with the project's chat front for pyfunc.
+
+`mlflow.transformers.log_model(task="llm/v1/chat")` lays the checkpoint out, so that
+`mlflow.transformers.load_model` gives the Hugging Face pipeline. Its pyfunc wrapper however
+answers the chat schema with faults that a client notices (a list in place of the answer, a local
+path as `model`, errors for `temperature` 0 and for `stop` on another machine, "stop" where the
+length ended the answer; see docs/chat-contract.md). So the `python_function` flavor of what was
+logged is pointed at the same models-from-code file that the ONNX flavor uses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.errors import UserError
+from phi3_mlflow.flavors import packing
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
+    from mlflow.models.model import ModelInfo
+
+DTYPES = ("float32", "bfloat16", "float16")
+TASK = "llm/v1/chat"
+
+
+def log_transformers(
+    checkpoint: Path,
+    *,
+    name: str,
+    dtype: str,
+    model_config: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+    tags: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    input_example: dict[str, Any] | None = None,
+    pip_requirements: list[str] | None = None,
+    model_card: str | None = None,
+    license_text: str | None = None,
+) -> ModelInfo:
+    """Log a Hugging Face checkpoint directory as an MLflow LoggedModel.
+
+    The weights are copied as files and never loaded. The active run becomes the source run.
+
+    Args:
+        checkpoint: holds config.json, the weights as safetensors, the tokenizer.
+        name: of the logged model, and of the `model` in its answers unless `model_config` says
+            otherwise.
+        dtype: number type the weights are loaded as: float32, bfloat16 or float16.
+        model_config, metadata, tags, params, input_example, model_card, license_text: as in
+            `phi3_mlflow.flavors.onnx.log_onnx`.
+        pip_requirements: default: `packing.requirements("transformers")`.
+
+    Returns:
+        MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.
+
+    Raises:
+        UserError: the directory is not a checkpoint, or a value is not known.
+    """
+    import mlflow
+    import torch
+
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    config = packing.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
+    info = mlflow.transformers.log_model(
+        transformers_model=str(checkpoint.resolve()),
+        name=name,
+        task=TASK,
+        torch_dtype=getattr(torch, dtype),
+        input_example=input_example or packing.CHAT_EXAMPLE,
+        pip_requirements=pip_requirements or packing.requirements("transformers"),
+        model_card=_card(model_card),
+        metadata=metadata,
+        params=params,
+        tags=tags,
+    )
+    return _put_front(info, config, license_text or _licence_unknown(name))
+
+
+def _put_front(info: ModelInfo, config: dict[str, Any], license_text: str) -> ModelInfo:
+    """Replace the pyfunc wrapper of a model that was just logged, and the paths it gives away."""
+    import mlflow
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.models import Model
+    from mlflow.models.model import MLMODEL_FILE_NAME
+
+    client = mlflow.MlflowClient()
+    try:
+        model = Model.load(info.model_uri)
+        _describe(model, config)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            packing.copy_code("chat", folder)
+            packing.write_documents(folder, None, license_text)
+            # Last: until the MLmodel file names the front, the model is MLflow's own, and whole.
+            client.log_model_artifacts(info.model_id, str(folder))
+            model.save(str(folder / MLMODEL_FILE_NAME))
+            client.log_model_artifact(info.model_id, str(folder / MLMODEL_FILE_NAME))
+    except BaseException:
+        client.finalize_logged_model(info.model_id, LoggedModelStatus.FAILED)
+        raise
+    return model.get_model_info(client.get_logged_model(info.model_id))
+
+
+def _describe(model: Model, config: dict[str, Any]) -> None:
+    pipeline = model.flavors["transformers"]
+    pipeline["source_model_name"] = config["model_name"]  # was the path of the checkpoint here
+    pyfunc = model.flavors["python_function"]
+    pyfunc.update(
+        loader_module="mlflow.pyfunc.loaders.code_model",
+        model_code_path=packing.code_file("chat").name,
+        streamable=True,
+        config=config,
+        artifacts={
+            "checkpoint": {"path": "model", "uri": "model"},
+            "tokenizer": {"path": "components/tokenizer", "uri": "components/tokenizer"},
+        },
+    )
+    model.signature = packing.signature("chat")
+
+
+def _card(text: str | None) -> Any:
+    from huggingface_hub import ModelCard
+
+    # Without a card MLflow asks the hub for one, by the path of the checkpoint.
+    return ModelCard(text if text is not None else "---\n{}\n---\n", ignore_metadata_errors=True)
+
+
+def _licence_unknown(name: str) -> str:
+    return f"No licence text was given when {name} was logged; see the source of the model.\n"
