@@ -156,7 +156,10 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """
     half = weight.shape[0] // heads // 2
     return (
-        weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape).copy()
+        weight.reshape(heads, half, 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+        .copy()
     )
 
 

@@ -1,0 +1,114 @@
+"""Which files make up a checkpoint: what is needed to load it, and its licence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from phi3_mlflow.errors import CheckpointRefused
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+_SMALL = {
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    INDEX,
+}
+_LICENCE = re.compile(r"(?i)(LICEN[CS]E|NOTICE|COPYING)([._-][A-Za-z0-9._-]*)?")
+_CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".msgpack", ".h5")
+"""Endings of weight formats that are never loaded; several of them run code when they are."""
+
+LARGEST_SMALL_FILE = 200_000_000
+"""Bytes; what every file but the weights must stay under. The largest tokenizer.json has 35 MB."""
+
+
+def is_small(name: str) -> bool:
+    """Whether a file name is one of those, besides the weights, that are taken."""
+    licence = _LICENCE.fullmatch(name) is not None and not name.lower().endswith(_CODE)
+    return name in _SMALL or (licence and is_plain(name))
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name stays in its directory: no separators, no leading dot, plain characters."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+
+
+def small_files(names: Iterable[str]) -> list[str]:
+    """The configuration, tokenizer and licence files among the names of a source."""
+    return sorted(name for name in names if is_small(name))
+
+
+def weight_files(names: Iterable[str], index: bytes | None) -> list[str]:
+    """The safetensors files to take.
+
+    Args:
+        names: every file name the source has.
+        index: the content of `model.safetensors.index.json`, or None when there is none.
+
+    Returns:
+        `model.safetensors`, or the files the index names.
+
+    Raises:
+        CheckpointRefused: there are none, only pickled ones, or the index names others.
+    """
+    present = set(names)
+    if index is not None:
+        wanted = sorted(set(index_map(index).values()))
+        if missing := [name for name in wanted if name not in present]:
+            raise CheckpointRefused(f"{INDEX} names files that are missing: {', '.join(missing)}")
+        return wanted
+    if SINGLE in present:
+        return [SINGLE]
+    if pickled := sorted(name for name in present if name.lower().endswith(PICKLED)):
+        raise CheckpointRefused(
+            f"the weights are only there as {', '.join(pickled[:5])}: such files can run code "
+            "when they are loaded and are never read. Use a source with .safetensors files."
+        )
+    raise CheckpointRefused(f"there are no weights: neither {SINGLE} nor {INDEX}")
+
+
+def index_map(index: bytes) -> dict[str, str]:
+    """Tensor name to file name, out of the content of `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointRefused: it is not JSON of that form, or a file name leaves the directory.
+    """
+    content = parse_json(index, INDEX)
+    weights = content.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointRefused(f"{INDEX} has no 'weight_map' from tensor to file")
+    for name in weights.values():
+        if not is_plain(name) or not name.endswith(".safetensors"):
+            raise CheckpointRefused(
+                f"{INDEX} names {name!r}: only .safetensors files in the same directory are allowed"
+            )
+    return weights
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """A JSON object out of a file that may hold anything.
+
+    Raises:
+        CheckpointRefused: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointRefused(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointRefused(f"{name} holds no JSON object")
+    return value

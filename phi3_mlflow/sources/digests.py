@@ -1,0 +1,194 @@
+"""Digests of what comes in, computed while it is written and not in a second pass."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import IO, BinaryIO, NamedTuple
+
+CHUNK = 1 << 20  # bytes; large enough that the hand-over between threads costs nothing
+
+
+class FileDigest(NamedTuple):
+    """What a file holds: `size` in bytes, `sha256` in hex."""
+
+    size: int
+    sha256: str
+
+
+class Expected(NamedTuple):
+    """What a file must be.
+
+    Attributes:
+        size: bytes, None when the source does not say.
+        sha256: hex, or None.
+        git_blob: the SHA-1 git gives a file, which is what the hub states for files outside LFS.
+    """
+
+    size: int | None = None
+    sha256: str | None = None
+    git_blob: str | None = None
+
+    @property
+    def key(self) -> str | None:
+        """The content's name, the same wherever and whenever it is fetched."""
+        return self.sha256 or self.git_blob
+
+
+class DigestingFile:
+    """A file being written whose digests are known the moment the last byte is.
+
+    Hashing runs in a thread of its own beside the writing (hashlib and write both let go of the
+    interpreter lock), so it costs time only where it is slower than the disk or the network.
+    """
+
+    def __init__(self, stream: BinaryIO, git_size: int | None = None) -> None:
+        """Write to `stream`; with `git_size`, the file's size, also compute the git blob id."""
+        self._stream = stream
+        self._git_size = git_size
+        self._pool = ThreadPoolExecutor(1, "digest")
+        self._pending: Future[None] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was written and begin again at the file's first byte."""
+        self._wait()
+        self._sha256 = hashlib.sha256()
+        self._git = None
+        if self._git_size is not None:
+            # SHA-1 is what git uses; nothing else about these files is stated by the hub.
+            header = f"blob {self._git_size}\0".encode()
+            self._git = hashlib.sha1(header, usedforsecurity=False)
+        self.size = 0
+        self._stream.seek(0)
+        self._stream.truncate()
+
+    def resume(self) -> None:
+        """Take the bytes that are already in the file as written."""
+        self._stream.seek(0)
+        while chunk := self._stream.read(CHUNK):
+            self._digest(chunk)
+            self.size += len(chunk)
+        self._wait()
+        self._stream.seek(self.size)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append; the buffer must stay as it is until the next call."""
+        self._wait()
+        self._pending = self._pool.submit(self._digest, chunk)
+        self._stream.write(chunk)
+        self.size += len(chunk)
+
+    def digest(self) -> tuple[FileDigest, str | None]:
+        """Size and sha256, and the git blob id where it was asked for."""
+        self._wait()
+        return (
+            FileDigest(self.size, self._sha256.hexdigest()),
+            self._git.hexdigest() if self._git else None,
+        )
+
+    def _digest(self, chunk: bytes | memoryview) -> None:
+        self._sha256.update(chunk)
+        if self._git is not None:
+            self._git.update(chunk)
+
+    def _wait(self) -> None:
+        if getattr(self, "_pending", None) is not None:
+            self._pending.result()  # type: ignore[union-attr]
+            self._pending = None
+
+    def __enter__(self) -> DigestingFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def digest_file(file: Path, advance: Callable[[int], None] | None = None) -> FileDigest:
+    """Read a file once for its size and sha256."""
+    sha256, size = hashlib.sha256(), 0
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            sha256.update(view[:count])
+            size += count
+            if advance:
+                advance(count)
+    return FileDigest(size, sha256.hexdigest())
+
+
+def copy_with_digest(
+    source: Path, target: Path, advance: Callable[[int], None] | None = None
+) -> FileDigest:
+    """Copy a file's content and say what was written.
+
+    Args:
+        source: a file.
+        target: written anew.
+        advance: told the bytes of every step.
+
+    Returns:
+        Size and sha256 of the bytes that went into `target`.
+    """
+    # Two buffers take turns: one is hashed and written while the next is read.
+    buffers = [bytearray(CHUNK), bytearray(CHUNK)]
+    with (
+        source.open("rb", buffering=0) as reader,
+        target.open("wb+") as stream,
+        DigestingFile(stream) as writer,
+    ):
+        turn = 0
+        while count := reader.readinto(buffers[turn]):
+            writer.write(memoryview(buffers[turn])[:count])
+            if advance:
+                advance(count)
+            turn = 1 - turn
+        return writer.digest()[0]
+
+
+def copy_stream_with_digest(
+    source: IO[bytes], target: Path, advance: Callable[[int], None], most: int
+) -> FileDigest:
+    """Write what a stream holds to a file.
+
+    Args:
+        source: read to its end.
+        target: written anew.
+        advance: told the bytes of every step.
+        most: bytes; more is a ValueError.
+
+    Returns:
+        Size and sha256 of what was written.
+    """
+    with target.open("wb+") as stream, DigestingFile(stream) as writer:
+        while chunk := source.read(CHUNK):
+            if writer.size + len(chunk) > most:
+                raise ValueError(f"{target.name} holds more than the {most} bytes it states")
+            writer.write(chunk)
+            advance(len(chunk))
+        return writer.digest()[0]
+
+
+def digest_of_files(files: Iterable[tuple[str, FileDigest]]) -> str:
+    """One sha256 for a set of files: names, sizes and contents, in whatever order they come."""
+    lines = sorted(f"{digest.sha256} {digest.size} {name}\n" for name, digest in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory survive a power cut, where the platform can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
