@@ -48,6 +48,7 @@ LIBRARIES = (
 )
 
 Cell = str | int | float | bool | None
+WIDEST = 40
 
 
 def machine() -> dict[str, Any]:
@@ -157,7 +158,10 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
         bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows)
         for i in range(len(columns))
     ]
-    widths = [max(3, len(head), *(len(t[i]) for t in texts)) for i, head in enumerate(heads)]
+    # Padding is for reading the source; beyond WIDEST one long cell would stretch every row.
+    widths = [
+        min(WIDEST, max(3, len(head), *(len(t[i]) for t in texts))) for i, head in enumerate(heads)
+    ]
 
     def line(cells: Sequence[str]) -> str:
         padded = (
