@@ -1,0 +1,166 @@
+"""onnxruntime-genai's own graph builder, with weights that stay on the disk.
+
+The stock builder loads a whole model, then rounds the whole float graph (`to_nbits`); a 3.8 B model
+needs more than 24 GB that way. Here it builds the same graph from `LazyWeights`: the quantized
+matrices go into it as MatMulNBits nodes at once, and every initializer reads its tensor while the
+file is written. What is overridden is the least that this takes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnxruntime_genai.models.builders.phi import Phi3MiniLongRoPEModel, Phi3MiniModel
+
+from phi3_mlflow.checkpoints.reader import CheckpointReader
+from phi3_mlflow.genai.embedding import quantized_embedding
+from phi3_mlflow.genai.lazy import LazyArray, LazyWeights
+from phi3_mlflow.quantization.progress import Progress
+
+_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "uint8": ir.DataType.UINT8,
+    "int32": ir.DataType.INT32,
+}
+
+
+class _Streaming:
+    """Mixed into a builder class before it, so that these methods win."""
+
+    # Set by `streaming_builder`.
+    reader: CheckpointReader
+    checkpoint_config: dict[str, Any]
+    progress: Progress
+    embedding_bits: int
+
+    def load_weights(self: Any, input_path: str) -> LazyWeights:
+        """Lay out the weights without reading them."""
+        del input_path
+        return LazyWeights(self.reader, self.checkpoint_config, self.q_size)
+
+    def make_initializer(self: Any, tensor: Any, /, name: str, **kwargs: Any) -> None:
+        """Register a lazy array as an initializer that is read when it is written."""
+        if not isinstance(tensor, LazyArray):
+            super().make_initializer(tensor, name, **kwargs)  # type: ignore[misc]
+            return
+        kind = _TYPES[tensor.kind]
+        wanted = kwargs.get("to") or kind
+        if wanted != kind:
+            raise TypeError(f"{name} is {kind} and the graph wants {wanted}")
+        lazy = ir.LazyTensor(
+            lambda: ir.tensor(tensor.numpy(), name=name),
+            dtype=kind,
+            shape=ir.Shape(tensor.shape),
+            name=name,
+        )
+        value = self.make_value(name, lazy.dtype, lazy.shape)
+        value.const_value = lazy
+        self.model.graph.register_initializer(value)
+
+    def make_packed_matmul(
+        self: Any, q: Any, k: Any, v: Any, basename: str, root_input: str, **kwargs: Any
+    ) -> str:
+        """Phi-3 stores q, k and v as one matrix: use it as it is."""
+        del k, v
+        return self.make_matmul(q, basename, root_input, **kwargs)
+
+    def make_embedding_lookup(self: Any, embedding: Any, basename: str, lm_head: Any) -> str:
+        """A quantized embedding of its own, where the config asks for one."""
+        if not self.embedding_bits or self.tied_quantized_embeddings:
+            return super().make_embedding_lookup(embedding, basename, lm_head)  # type: ignore[misc]
+        block_size = self.checkpoint_config["quantization_config"]["group_size"]
+        parts = quantized_embedding(
+            self.reader, "model.embed_tokens.weight", self.embedding_bits, block_size
+        )
+        inputs = []
+        for part, array in parts.items():
+            name = f"model.embed_tokens.{part}"
+            self.make_initializer(array, name)
+            inputs.append(name)
+        gather = f"{basename}/GatherBlockQuantized"
+        self.make_node(
+            "GatherBlockQuantized",
+            inputs=[inputs[0], self.input_names["input_ids"], *inputs[1:]],
+            outputs=[f"{gather}/output_0"],
+            name=gather,
+            domain="com.microsoft",
+            bits=self.embedding_bits,
+            block_size=block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        return f"{gather}/output_0"
+
+    def save_model(self: Any, out_dir: str) -> None:
+        """Write `model.onnx` and `model.onnx.data`, one tensor after another."""
+        from onnxruntime_genai import __version__
+
+        model = self.model
+        model.graph.sort()
+        # The stock builder appends the commit of whatever git checkout surrounds the installed
+        # package, which makes equal models differ.
+        model.producer_version = __version__
+        out = Path(out_dir) / self.filename
+        total = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        with self.progress("writing the ONNX model", total) as meter:
+            ir.save(
+                model,
+                out,
+                external_data=f"{out.name}.data",
+                size_threshold_bytes=0,
+                callback=lambda tensor, _: meter.advance(tensor.nbytes),
+            )
+
+
+class _StreamingPhi3(_Streaming, Phi3MiniModel):
+    pass
+
+
+class _StreamingPhi3LongRoPE(_Streaming, Phi3MiniLongRoPEModel):
+    pass
+
+
+def streaming_builder(
+    config: Any,
+    checkpoint_config: dict[str, Any],
+    reader: CheckpointReader,
+    *,
+    precision: str,
+    provider: str,
+    options: dict[str, Any],
+    progress: Progress,
+) -> Any:
+    """The builder for a checkpoint.
+
+    Args:
+        config: transformers' config object of it.
+        checkpoint_config: its `config.json`.
+        reader: its tensors.
+        precision: `int4` or `fp32`.
+        provider: the execution provider, `cpu`.
+        options: the builder's extra options.
+        progress: told the bytes written.
+
+    Returns:
+        A builder with `make_model`, `save_model`, `make_genai_config` and `save_processing`.
+    """
+    original = getattr(config, "original_max_position_embeddings", None)
+    if original is None:
+        original = config.original_max_position_embeddings = config.max_position_embeddings
+    long_rope = config.max_position_embeddings != original
+    kind = _StreamingPhi3LongRoPE if long_rope else _StreamingPhi3
+    onnx_type = ir.DataType.INT4 if precision == "int4" else ir.DataType.FLOAT
+    builder = kind(config, ir.DataType.FLOAT, onnx_type, provider, "", options)
+    builder.reader = reader
+    builder.checkpoint_config = checkpoint_config
+    builder.progress = progress
+    meta = checkpoint_config.get("quantization_config", {}).get("meta", {})
+    shared = bool(meta.get("shared_embedding"))
+    builder.embedding_bits = 0 if shared else int(meta.get("embedding_bits", 0))
+    builder.tied_quantized_embeddings = precision == "int4" and shared
+    builder.tied_unquantized_embeddings = precision == "fp32" and bool(
+        checkpoint_config.get("tie_word_embeddings")
+    )
+    return builder

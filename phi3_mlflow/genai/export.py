@@ -1,0 +1,165 @@
+"""Assemble the directory that onnxruntime-genai opens, from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
+from phi3_mlflow.errors import CheckpointRefused, UserError
+from phi3_mlflow.quantization.plan import check_architecture
+from phi3_mlflow.quantization.progress import Progress, no_progress
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was built.
+
+    Attributes:
+        precision: `int4` or `fp32`.
+        provider: the execution provider it was built for.
+        model_bytes, data_bytes: sizes of `model.onnx` and `model.onnx.data`.
+        seconds: wall time.
+    """
+
+    precision: str
+    provider: str
+    model_bytes: int
+    data_bytes: int
+    seconds: float
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: Literal["int4", "fp32"],
+    accuracy_level: int = 4,
+    provider: str = "cpu",
+    progress: Progress = no_progress,
+) -> ExportReport:
+    """Build the ONNX directory of a checkpoint; the weights stream, none is held.
+
+    Equal checkpoint, arguments and library versions give equal bytes.
+
+    Args:
+        checkpoint: `int4`: what `quantize_checkpoint` wrote, or another GPTQ version 1 checkpoint
+            of a Phi-3; `fp32`: a float checkpoint.
+        out: the directory to write into; made if it is not there.
+        precision: `int4` or `fp32`.
+        accuracy_level: what MatMulNBits computes in (4 int8, 1 float32, 0 the runtime's choice).
+        provider: execution provider; `cpu` is the one there is.
+        progress: told the bytes written.
+
+    Raises:
+        CheckpointRefused: the checkpoint is damaged, of another architecture or precision.
+        UserError: an argument that is not allowed.
+    """
+    started = time.monotonic()
+    if provider != "cpu":
+        raise UserError(f"provider {provider!r} is not supported; allowed: cpu")
+    if accuracy_level not in range(5):
+        raise UserError(f"accuracy_level {accuracy_level!r}: allowed are 0, 1, 2, 3 and 4")
+    checkpoint_config = read_config(checkpoint)
+    _check_precision(checkpoint, checkpoint_config, precision)
+    reader = CheckpointReader(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL_FILE, DATA_FILE):
+        (out / name).unlink(missing_ok=True)
+    with _quiet():
+        _build(checkpoint, checkpoint_config, reader, out, precision, accuracy_level, progress)
+    return ExportReport(
+        precision=precision,
+        provider=provider,
+        model_bytes=(out / MODEL_FILE).stat().st_size,
+        data_bytes=(out / DATA_FILE).stat().st_size,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _build(
+    checkpoint: Path,
+    checkpoint_config: dict[str, Any],
+    reader: CheckpointReader,
+    out: Path,
+    precision: str,
+    accuracy_level: int,
+    progress: Progress,
+) -> None:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import torch
+    from transformers import AutoConfig
+
+    from phi3_mlflow.genai.builder import streaming_builder
+
+    config = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=False)
+    options = {
+        "accuracy_level": accuracy_level,
+        "hf_token": False,
+        "hf_remote": False,
+    }
+    with torch.inference_mode():
+        builder = streaming_builder(
+            config,
+            checkpoint_config,
+            reader,
+            precision=precision,
+            provider="cpu",
+            options=options,
+            progress=progress,
+        )
+        builder.make_model(str(checkpoint))
+        builder.save_model(str(out))
+        builder.make_genai_config(config, {}, str(out))
+        builder.save_processing(str(checkpoint), {}, str(out))
+
+
+def _check_precision(checkpoint: Path, config: dict[str, Any], precision: str) -> None:
+    check_architecture(config)
+    quantization = config.get("quantization_config")
+    if precision == "fp32":
+        if quantization is not None:
+            raise CheckpointRefused(
+                f"{checkpoint} is quantized; precision fp32 needs the float checkpoint"
+            )
+        return
+    if precision != "int4":
+        raise UserError(f"precision {precision!r}: allowed are int4 and fp32")
+    if quantization is None:
+        raise CheckpointRefused(
+            f"{checkpoint} is not quantized; run the quantize step on it first, "
+            "or export with precision fp32"
+        )
+    if quantization.get("quant_method") != "gptq":
+        raise CheckpointRefused(
+            f"{checkpoint}: quant_method is {quantization.get('quant_method')!r}; this reads gptq"
+        )
+    if quantization.get("checkpoint_format", "gptq") != "gptq":
+        raise CheckpointRefused(
+            f"{checkpoint}: checkpoint_format is {quantization['checkpoint_format']!r}, whose zero "
+            "points are stored differently; this reads version 1 ('gptq')"
+        )
+    if quantization.get("desc_act"):
+        raise CheckpointRefused(f"{checkpoint}: desc_act (reordered columns) is not supported")
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The builder prints a line a layer; what it says is of use only when it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except Exception as error:
+        last = said.getvalue().strip().splitlines()[-3:]
+        if last:
+            error.add_note("the builder's last words: " + " | ".join(last))
+        raise
