@@ -1,4 +1,6 @@
-"""Take a Phi-3 model from its source to production with MLflow: fetch, quantize, export, log,
-register, evaluate and promote. The scripts in `steps/` hold the sequence, this package the logic."""
+"""Take a Phi-3 model from its source to production with MLflow.
+
+The scripts in `steps/` hold the sequence, this package the logic.
+"""
 
 __version__ = "0.1.0"

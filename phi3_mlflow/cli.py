@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ def command(
     parameters: tuple[str, ...],
     manual: str | None,
     do: Callable[[Request], object],
-    choices: dict[str, tuple[str, ...]] | None = None,
+    choices: Mapping[str, tuple[str, ...]] | None = None,
 ) -> click.Command:
     """A click command whose options are a step's parameters.
 

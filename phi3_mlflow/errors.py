@@ -40,6 +40,14 @@ class GateRefused(ProjectError):
     exit_code = EXIT_GATE
 
 
+class StepFailed(ProjectError):
+    """A step that `main` ran ended badly; it has said why itself."""
+
+    def __init__(self, step: str, exit_code: int) -> None:
+        super().__init__(f"step {step} ended with code {exit_code}; see its message above")
+        self.exit_code = exit_code
+
+
 class EnvironmentProblem(ProjectError):
     """The machine or a service is not in a state to do the work: no memory, no disk, no network."""
 

@@ -59,7 +59,9 @@ class Manifest:
         return cls(
             tuple(
                 FileEntry(
-                    file.relative_to(directory).as_posix(), file.stat().st_size, sha256_of_file(file)
+                    file.relative_to(directory).as_posix(),
+                    file.stat().st_size,
+                    sha256_of_file(file),
                 )
                 for file in walk_files(directory)
             )

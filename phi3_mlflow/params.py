@@ -25,6 +25,7 @@ class Parameter:
         help: what it means, for `--help` and the README.
         default: as in MLproject.
         profile_key: the dotted profile key it overrides, if it does.
+        number: it is a whole number; what is not one is left to the profile's check.
         choices: the only values allowed, where that is known without the profile.
     """
 
@@ -33,6 +34,7 @@ class Parameter:
     default: str = AUTO
     profile_key: str | None = None
     choices: tuple[str, ...] = ()
+    number: bool = False
 
     @property
     def option(self) -> str:
@@ -49,7 +51,7 @@ _ALL = (
         "algorithm", "how int4 weights are rounded", profile_key="quantization.algorithm"
     ),
     Parameter(
-        "block_size", "weights that share a scale", profile_key="quantization.block_size"
+        "block_size", "weights that share a scale", profile_key="quantization.block_size", number=True
     ),
     Parameter(
         "registered_model", "name in the Model Registry", profile_key="registered_model"
@@ -109,7 +111,7 @@ def read_request(
         for name in values
         if name not in allowed
     ]
-    overrides: dict[str, str] = {}
+    overrides: dict[str, str | int] = {}
     for name, parameter in allowed.items():
         value = values.get(name, parameter.default)
         valid = (choices or {}).get(name, parameter.choices)
@@ -118,7 +120,8 @@ def read_request(
         elif not value.strip():
             problems.append(f"parameter: {name} is empty; leave it out, or give {AUTO}")
         elif parameter.profile_key and value != AUTO:
-            overrides[parameter.profile_key] = value
+            whole = parameter.number and value.isdecimal()
+            overrides[parameter.profile_key] = int(value) if whole else value
     name_or_path = values.get("profile", PARAMETERS["profile"].default)
     if not name_or_path.strip():
         raise UserError(problem_list("These parameters are wrong", problems))

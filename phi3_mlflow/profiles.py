@@ -45,7 +45,9 @@ class RuntimeSettings(Settings):
 
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0 takes all cores")
     max_context: int | None = Field(
-        default=None, ge=16, description="tokens of prompt and answer together; default: the model's"
+        default=None,
+        ge=16,
+        description="tokens of prompt and answer together; default: the model's",
     )
     provider: Literal["cpu", "cuda"] = "cpu"
 
@@ -99,9 +101,7 @@ class GateSettings(Settings):
     def _known_metrics(cls, value: dict[str, Bound]) -> dict[str, Bound]:
         unknown = sorted(set(value) - set(METRICS))
         if unknown:
-            raise ValueError(
-                f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}"
-            )
+            raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
         return value
 
 
@@ -194,19 +194,21 @@ def find_profile(name_or_path: str) -> Path:
 
 
 def load_profile(
-    name_or_path: str, overrides: Mapping[str, str] | None = None, problems: Sequence[str] = ()
+    name_or_path: str,
+    overrides: Mapping[str, str | int] | None = None,
+    problems: Sequence[str] = (),
 ) -> Profile:
     """Read a profile and lay the entry-point parameters over it.
 
     Args:
         name_or_path: a name in `configs/`, or the path of a YAML file.
-        overrides: dotted profile key to value, as text.
+        overrides: dotted profile key to value.
         problems: what is already known to be wrong elsewhere, to be reported in the same message.
 
     Raises:
         UserError: everything that is wrong with the file and the overrides, and what is allowed.
     """
-    overrides = dict(overrides or {})
+    overrides = overrides or {}
     try:
         file = find_profile(name_or_path)
     except UserError as error:
@@ -218,8 +220,6 @@ def load_profile(
     content = _read_yaml(file)
     content.setdefault("name", file.stem)
     content.setdefault("registered_model", content["name"])
-    if overrides.get("registered_model") is None:
-        overrides.pop("registered_model", None)
     for key, value in overrides.items():
         _lay_over(content, key, value)
     found: list[str] = list(problems)
@@ -242,7 +242,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _lay_over(content: dict[str, Any], dotted: str, value: str) -> None:
+def _lay_over(content: dict[str, Any], dotted: str, value: str | int) -> None:
     *path, last = dotted.split(".")
     for part in path:
         section = content.setdefault(part, {})
@@ -252,7 +252,7 @@ def _lay_over(content: dict[str, Any], dotted: str, value: str) -> None:
     content[last] = value
 
 
-def _describe(problem: Any, file: Path, overrides: Mapping[str, str]) -> str:
+def _describe(problem: Any, file: Path, overrides: Mapping[str, str | int]) -> str:
     """One problem as `where: key = value: what is wrong; what is allowed`."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)

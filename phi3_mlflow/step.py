@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD_NAME = "record.json"
+IN_MLFLOW = ("log", "register", "evaluate", "promote")
+"""The steps whose output lives in a tracking store, so that another store knows nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Step:
         still_there: for output that lives in MLflow, says what of it has gone, if anything has.
         after: is done on every run, on a hit too: idempotent marks such as tags.
         always: the step looks for itself whether there is something to do.
+        light: it is done in the process of `main`; the others get one of their own.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Step:
     still_there: Callable[[Entry], str | None] | None = None
     after: Callable[[Request, Entry], None] | None = None
     always: bool = False
+    light: bool = False
 
     @property
     def all_parameters(self) -> tuple[str, ...]:
@@ -190,7 +194,7 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
             run.point_to(entry)
         if step.after:
             step.after(request, entry)
-        store.set_latest(request.profile.name, step.name, entry.key)
+        store.set_latest(request.profile.name, _slot(step.name), entry.key)
         run.finish(step.name, entry, was_there)
     return Outcome(step.name, entry, was_there, run.run_id)
 
@@ -213,6 +217,15 @@ def _do(planned: Plan, run: StepRun, store: Store) -> Entry:
     return entry
 
 
+def _slot(step: str) -> str:
+    """Under which name a step's latest output is remembered."""
+    if step not in IN_MLFLOW:
+        return step
+    from phi3_mlflow.tracking import tracking_identity
+
+    return f"{step}-{key_of({'tracking': tracking_identity()})[:12]}"
+
+
 def directory_input(name: str, text: str, what: str) -> Input:
     """A folder that the user named.
 
@@ -220,6 +233,8 @@ def directory_input(name: str, text: str, what: str) -> Input:
         UserError: it is not a folder, or its content differs from its own manifest.
     """
     path = Path(text).expanduser()
+    if entry := Store().holding(path):
+        return entry_input(entry)
     if not path.is_dir():
         raise UserError(f"parameter: {name} = {text!r}: there is no folder {path.absolute()}")
     found = Manifest.of_directory(path)
@@ -246,7 +261,7 @@ def preceding_output(request: Request, store: Store, name: str, *steps: str) -> 
     """
     profile = request.profile.name
     for step in steps:
-        if entry := store.latest(profile, step):
+        if entry := store.latest(profile, step, _slot(step)):
             return entry
     raise UserError(
         f"parameter: {name} = 'auto': step {steps[0]} has left nothing for profile {profile} in "
@@ -258,6 +273,16 @@ def preceding_output(request: Request, store: Store, name: str, *steps: str) -> 
 def entry_input(entry: Entry) -> Input:
     """A cached output as the next step's input."""
     return Input(str(entry.path), entry.manifest.digest)
+
+
+def figures(report: Any) -> dict[str, float]:
+    """The numbers in a dataclass, as metrics; wall time is left to the run's own."""
+    values = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "seconds"}
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 @lru_cache

@@ -56,18 +56,6 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:_KEY_LENGTH]
 
 
-def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The names of the key parts that differ, dotted, in order."""
-    names: list[str] = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            names += changed_parts(before, after, f"{prefix}{name}.")
-        elif before != after or type(before) is not type(after):
-            names.append(f"{prefix}{name}")
-    return names
-
-
 @dataclass(frozen=True)
 class Entry:
     """An output in the cache: its files under `path`, and where it came from."""
@@ -108,6 +96,14 @@ class Store:
             shutil.rmtree(place, ignore_errors=True)
             return None
         return entry
+
+    def holding(self, path: Path) -> Entry | None:
+        """The cached output whose files are in this folder, or None when it is no such folder."""
+        try:
+            step, key, name = path.resolve().relative_to((self.root / "outputs").resolve()).parts
+        except ValueError:
+            return None
+        return self.find(step, key) if name == "output" else None
 
     @contextmanager
     def locked(self, step: str, key: str) -> Iterator[None]:
@@ -163,25 +159,20 @@ class Store:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def set_latest(self, profile: str, step: str, key: str) -> None:
+    def set_latest(self, profile: str, slot: str, key: str) -> None:
         """Remember what a step last left for a profile."""
-        file = self.root / "latest" / profile / f"{step}.json"
+        file = self.root / "latest" / profile / f"{slot}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         _write_json(file, {"key": key, "time": time.time()})
 
-    def latest(self, profile: str, step: str) -> Entry | None:
+    def latest(self, profile: str, step: str, slot: str | None = None) -> Entry | None:
         """What a step last left for a profile, when it is still there and whole."""
-        file = self.root / "latest" / profile / f"{step}.json"
+        file = self.root / "latest" / profile / f"{slot or step}.json"
         try:
             key = json.loads(file.read_text("utf-8"))["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return self.find(step, key)
-
-    def last_parts(self, profile: str, step: str) -> Mapping[str, Any] | None:
-        """The key parts of what a step last left for a profile, or None."""
-        entry = self.latest(profile, step)
-        return entry.origin.get("parts") if entry else None
 
     def _place(self, step: str, key: str) -> Path:
         return self.root / "outputs" / step / key

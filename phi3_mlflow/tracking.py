@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from phi3_mlflow.errors import EnvironmentProblem, ProjectError
 from phi3_mlflow.params import Request
@@ -16,6 +17,7 @@ from phi3_mlflow.store import Entry
 
 if TYPE_CHECKING:
     import mlflow
+    from pydantic import BaseModel
 
     from phi3_mlflow.step import Input
 
@@ -52,6 +54,33 @@ class StepRun:
         import mlflow
 
         mlflow.set_tags({"cached": "true", "cached_from_run": entry.origin.get("run_id", "")})
+
+    def figures(self) -> dict[str, float]:
+        """Seconds and peak memory so far, for a summary line."""
+        figures = self._meter.figures()
+        return {
+            "seconds": round(figures["wall_time_s"], 1),
+            "peak_rss_mb": round(figures["peak_rss_bytes"] / 1e6),
+        }
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        """Log figures to this run."""
+        import mlflow
+
+        mlflow.log_metrics(dict(metrics))
+
+    def log_evaluation(
+        self, folder: Path, questions: Sequence[BaseModel], texts: Sequence[BaseModel]
+    ) -> None:
+        """Log what an evaluation left, and the sets it was made on."""
+        import mlflow
+        import pandas
+        from mlflow.data.pandas_dataset import from_pandas
+
+        for name, rows in (("questions", questions), ("held-out texts", texts)):
+            frame = pandas.DataFrame([{"row": row.model_dump_json(by_alias=True)} for row in rows])
+            mlflow.log_input(from_pandas(frame, name=name), context="evaluation")
+        mlflow.log_artifacts(str(folder), "evaluation")
 
     def finish(self, step: str, entry: Entry, was_there: bool) -> None:
         """Log figures and the output's manifest, and print the summary line."""
@@ -104,7 +133,10 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
     if parent_run_id:
         parent = mlflow.get_run(parent_run_id)
         run = mlflow.start_run(
-            experiment_id=parent.info.experiment_id, run_name=step, parent_run_id=parent_run_id
+            experiment_id=parent.info.experiment_id,
+            run_name=step,
+            parent_run_id=parent_run_id,
+            nested=True,
         )
     else:
         run = mlflow.start_run(run_name=None if os.environ.get("MLFLOW_RUN_ID") else step)
@@ -119,6 +151,22 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def tracking_uri() -> str:
+    """Where MLflow keeps its records, without asking it (a relative file counts from here)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def tracking_identity() -> str:
+    """What tells one tracking store from another: its URI, a relative file made absolute, without
+    user name and password."""
+    uri = tracking_uri()
+    prefix = "sqlite:///"
+    if uri.startswith(prefix):
+        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def connect() -> str:
@@ -136,9 +184,7 @@ def connect() -> str:
 
     # The schema of a new database is made in some fifty steps, each a line; none says anything.
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ["MLFLOW_TRACKING_URI"] = DEFAULT_TRACKING_URI
-    uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri = os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     try:
         mlflow.set_tracking_uri(uri)
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):

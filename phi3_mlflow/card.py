@@ -1,0 +1,53 @@
+"""The model card of a version: what it is, where it came from, what may be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from phi3_mlflow.profiles import Profile
+
+_ALGORITHMS = {
+    "none": "none: the weights are as published",
+    "rtn": "int4, rounded to the nearest step",
+    "k_quant": "int4, scale and zero point of every block searched for the least error",
+    "k_quant_mixed": "int4 by k-quant, int8 in the matrices where it pays",
+    "gptq": "int4 by GPTQ: rounding errors made good by later columns, on calibration texts",
+}
+
+
+def model_card(
+    profile: Profile, tags: Mapping[str, str], figures: Mapping[str, float] | None = None
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        profile: what the model is.
+        tags: the version's tags.
+        figures: what was measured, once it has been.
+    """
+    algorithm = tags.get("algorithm", "none")
+    lines = [
+        f"## {profile.name}",
+        "",
+        profile.description,
+        "",
+        f"- **Base model**: {profile.base_model}",
+        f"- **Licence**: {profile.licence}",
+        f"- **Training data**: {profile.training_data}",
+        f"- **Context**: {profile.context_length:,} tokens",
+        f"- **Source**: `{tags.get('source', profile.source)}` at revision "
+        f"`{tags.get('source_revision', 'unknown')}`",
+        f"- **Flavor**: {tags.get('flavor', profile.flavor)}",
+        f"- **Precision**: {tags.get('precision', profile.precision)}",
+        f"- **Quantization**: {_ALGORITHMS.get(algorithm, algorithm)}",
+        f"- **Artifact**: sha256 `{tags.get('artifact_sha256', 'unknown')}`",
+        f"- **Code**: commit `{tags.get('git_commit', 'unknown')}`",
+        "",
+        "**Intended use**: chat and instruction following in English, through MLflow's chat "
+        "request. Answers can be wrong and must be checked where that matters; the limits of the "
+        "base model apply.",
+    ]
+    if figures:
+        lines += ["", "| measured | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,126 @@
+"""How far a quantized model's next-token distribution is from the reference's, on held-out text.
+
+For every place of a text: the reference's distribution p, the candidate's q, and the token t that
+follows. Reported over all places: perplexity of each, exp(mean -log q(t)); the mean of the
+divergence KL(p || q) = sum p log(p / q), in nats; and how often the same token is likeliest to
+both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phi3_mlflow.evaluation.logits import LogitSource
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Sums over the places of one text."""
+
+    text_id: str
+    places: int
+    candidate_nll: float
+    reference_nll: float
+    kl: float
+    agreements: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What was found on all texts."""
+
+    scores: tuple[TextScore, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """`perplexity`, `perplexity_reference`, `perplexity_ratio`, `kl_mean` (nats),
+        `top1_agreement` (share), `scored_tokens`."""
+        places = sum(score.places for score in self.scores)
+        candidate = math.exp(sum(score.candidate_nll for score in self.scores) / places)
+        reference = math.exp(sum(score.reference_nll for score in self.scores) / places)
+        return {
+            "perplexity": candidate,
+            "perplexity_reference": reference,
+            "perplexity_ratio": candidate / reference,
+            "kl_mean": sum(score.kl for score in self.scores) / places,
+            "top1_agreement": sum(score.agreements for score in self.scores) / places,
+            "scored_tokens": float(places),
+        }
+
+
+def compare(
+    reference: LogitSource,
+    candidate: LogitSource,
+    texts: Iterable[tuple[str, Sequence[int]]],
+    window: int,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> Divergence:
+    """Compare two models on texts.
+
+    Args:
+        reference, candidate: the models.
+        texts: name and token ids of each text.
+        window: a longer text is scored in pieces of this many tokens, each on its own.
+        advance: is told how many tokens have been scored.
+    """
+    import numpy as np
+
+    scores = []
+    for text_id, tokens in texts:
+        total = np.zeros(5)
+        for piece in windows(tokens, window):
+            ids = np.asarray(piece, dtype=np.int32)
+            total += _piece(reference.logits(ids), candidate.logits(ids), ids)
+            advance(len(piece))
+        places, candidate_nll, reference_nll, kl, agreements = (float(value) for value in total)
+        scores.append(
+            TextScore(text_id, int(places), candidate_nll, reference_nll, kl, int(agreements))
+        )
+    return Divergence(tuple(score for score in scores if score.places))
+
+
+def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:
+    """Cut a text into pieces; a last piece of one token has nothing to predict and is left out."""
+    for start in range(0, len(tokens), window):
+        piece = tokens[start : start + window]
+        if len(piece) > 1:
+            yield piece
+
+
+def _piece(p_logits: np.ndarray, q_logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Sums over the places of a piece: places, candidate NLL, reference NLL, KL, agreements."""
+    import numpy as np
+    import torch
+
+    p = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(p_logits[:-1])), -1)
+    q = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(q_logits[:-1])), -1)
+    # A padded vocabulary may give one model more columns than the other; they mean nothing.
+    columns = min(p.shape[1], q.shape[1])
+    p, q = p[:, :columns], q[:, :columns]
+    following = torch.from_numpy(tokens[1:].astype(np.int64))[:, None]
+    kl = (p.exp() * (p - q)).sum(-1)
+    return np.array(
+        [
+            len(following),
+            -q.gather(1, following).double().sum().item(),
+            -p.gather(1, following).double().sum().item(),
+            kl.double().clamp_min(0).sum().item(),
+            (p.argmax(-1) == q.argmax(-1)).sum().item(),
+        ]
+    )
+
+
+def tokenize(
+    model_directory: Path, texts: Iterable[tuple[str, str]]
+) -> list[tuple[str, list[int]]]:
+    """Turn texts into token ids with the tokenizer in a model's folder."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_directory / "tokenizer.json"))
+    return [(name, tokenizer.encode(text).ids) for name, text in texts]

@@ -1,0 +1,90 @@
+"""The next-token logits of a model, whichever runtime it is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from phi3_mlflow.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ONNX_CONFIG = "genai_config.json"
+
+
+class LogitSource(Protocol):
+    """Something that says what it thinks comes next, at every place of a text."""
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Args: (S,) int32 token ids. Returns: (S, vocabulary) float32."""
+
+
+class OnnxLogits:
+    """Logits of a model in onnxruntime-genai's format, computed in one prefill."""
+
+    def __init__(self, directory: Path, longest: int) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime_genai as og
+
+        config = og.Config(str(directory))
+        threads = os.cpu_count() or 1
+        config.overlay(
+            f'{{"model":{{"decoder":{{"session_options":{{"intra_op_num_threads":{threads}}}}}}}}}'
+        )
+        self._og = og
+        self._model = og.Model(config)
+        self._longest = longest
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        params = self._og.GeneratorParams(self._model)
+        # The whole KV buffer is allocated up front, so no longer than needed.
+        params.set_search_options(max_length=self._longest + 1, batch_size=1)
+        generator = self._og.Generator(self._model, params)
+        generator.append_tokens(np.asarray(tokens, dtype=np.int32)[None, :])
+        result: np.ndarray = np.asarray(generator.get_output("logits"))[0]
+        return result
+
+
+class TorchLogits:
+    """Logits of a Hugging Face checkpoint, in the precision it is stored in."""
+
+    def __init__(self, directory: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype="auto", trust_remote_code=False, use_safetensors=True
+        ).eval()
+        self._torch = torch
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        with self._torch.inference_mode():
+            ids = self._torch.as_tensor(tokens, dtype=self._torch.long)[None, :]
+            result: np.ndarray = self._model(ids, use_cache=False).logits[0].float().numpy()
+        return result
+
+
+def find_model(directory: Path) -> Path:
+    """The folder inside a logged model's files that a runtime opens.
+
+    Raises:
+        UserError: it holds neither an ONNX model nor a checkpoint.
+    """
+    for name in (ONNX_CONFIG, "config.json"):
+        if found := sorted(directory.rglob(name), key=lambda file: len(file.parts)):
+            return found[0].parent
+    raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
+
+
+def open_logits(directory: Path, longest: int) -> LogitSource:
+    """A model's logits, for texts of at most `longest` tokens."""
+    model = find_model(directory)
+    if (model / ONNX_CONFIG).is_file():
+        return OnnxLogits(model, longest)
+    return TorchLogits(model)

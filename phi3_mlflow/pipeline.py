@@ -1,0 +1,123 @@
+"""The sequence of the steps under one parent run, each in a process of its own when it has work.
+
+What is in the cache already is found here, so a run with nothing to do starts no process. A
+process of its own gives a step its own peak of memory, and lets `main` say which step it was when
+the system kills one for memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from phi3_mlflow import console
+from phi3_mlflow.errors import EXIT_DONE, EnvironmentProblem, StepFailed
+from phi3_mlflow.params import Request
+from phi3_mlflow.step import Outcome, Plan, Step, carry_out, hit, plan
+from phi3_mlflow.store import Store
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+
+class Pipeline:
+    """Runs steps one after another as children of a parent run."""
+
+    def __init__(self, request: Request, parent_run_id: str) -> None:
+        self._request = request
+        self._parent = parent_run_id
+        self._store = Store()
+        self._processes: BaseContext | None = None
+        self.outcomes: list[Outcome] = []
+
+    def run(self, step: Step, **given: str) -> Outcome:
+        """Do a step, or find it done.
+
+        Args:
+            step: which one.
+            given: inputs made by the steps before, as parameters.
+
+        Raises:
+            StepFailed: it ended badly; it has said why.
+            EnvironmentProblem: it was killed.
+            ProjectError: what a step done in this process raises.
+        """
+        request = self._for_step(step, given)
+        planned = plan(step, request, self._store)
+        if step.light or hit(planned, self._store):
+            outcome = carry_out(step, request, parent_run_id=self._parent)
+        else:
+            outcome = self._in_process(planned)
+        self.outcomes.append(outcome)
+        return outcome
+
+    def _for_step(self, step: Step, given: dict[str, str]) -> Request:
+        own = self._request.values
+        values = {name: own[name] for name in step.all_parameters if name in own}
+        forced = self._request.value("force") in ("all", step.name)
+        # For promote, `force` means something else: to overrule the gate.
+        values["force"] = str(forced and step.name != "promote").lower()
+        return replace(self._request, values=values | given)
+
+    def _in_process(self, planned: Plan) -> Outcome:
+        step = planned.step
+        if self._processes is None:
+            self._processes = _context()
+        process = self._processes.Process(  # type: ignore[attr-defined]
+            target=_child, args=(step.name, planned.request, self._parent), name=step.name
+        )
+        process.start()
+        try:
+            process.join()
+        except BaseException:  # stopped from outside: the step has to stop first
+            process.terminate()
+            process.join()
+            raise
+        code = process.exitcode
+        if code < 0:
+            raise EnvironmentProblem(_killed(step.name, -code))
+        if code != EXIT_DONE:
+            raise StepFailed(step.name, code)
+        entry = self._store.find(step.name, planned.key)
+        if entry is None:
+            raise EnvironmentProblem(
+                f"step {step.name} ended well, but its output is not in {self._store.root}; "
+                "was the cache pruned, or the code changed, in the meantime? Run it again."
+            )
+        return Outcome(step.name, entry, False, str(entry.origin.get("run_id", "")))
+
+
+def _context() -> BaseContext:
+    """Processes that start with MLflow imported where the platform allows it, and clean."""
+    import multiprocessing
+
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow", "mlflow.pyfunc", "phi3_mlflow.step"])
+    return context
+
+
+def _child(name: str, request: Request, parent_run_id: str) -> None:
+    """What a step's process does."""
+    from phi3_mlflow.cli import guarded
+
+    os.environ.pop("MLFLOW_RUN_ID", None)  # that is main's own
+    console.set_quiet(request.flag("quiet"))
+    step = importlib.import_module(f"steps.{name}").STEP
+    sys.exit(guarded(lambda: carry_out(step, request, parent_run_id=parent_run_id)))
+
+
+def _killed(step: str, number: int) -> str:
+    name = signal.Signals(number).name
+    if number != signal.SIGKILL:
+        return f"step {step} was ended by {name}"
+    return (
+        f"step {step} was killed ({name}); the usual reason is that the machine ran out of memory."
+        "\nClose other programs or take a machine with more memory; what was finished before is in "
+        "the cache, so the next run goes on from there."
+    )

@@ -1,0 +1,36 @@
+"""Where a model came from and what was done to it, carried from output to output as a file.
+
+`provenance.json` holds nothing that differs between two runs of the same recipe (no times, no
+paths), so that equal work gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.manifests import Manifest
+
+PROVENANCE_NAME = "provenance.json"
+
+
+def content_digest(directory: Path) -> str:
+    """The digest of a directory's files, the provenance itself left out."""
+    manifest = Manifest.of_directory(directory)
+    return Manifest(tuple(f for f in manifest.files if f.path != PROVENANCE_NAME)).digest
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """The provenance of an output; empty for a folder that did not come out of a step."""
+    try:
+        content = json.loads((directory / PROVENANCE_NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_provenance(directory: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (directory / PROVENANCE_NAME).write_text(text, "utf-8")

@@ -1,0 +1,292 @@
+"""The Model Registry: versions with their tags, the aliases, and moving them.
+
+A version is never changed after it was registered but for its tags and description. Aliases:
+`challenger` is the version that was registered last, `champion` the one that passed the gate.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from phi3_mlflow.errors import GateRefused, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+
+VERSION_TAGS = (
+    "flavor",
+    "precision",
+    "algorithm",
+    "source",
+    "source_revision",
+    "checkpoint_sha256",
+    "artifact_sha256",
+    "git_commit",
+)
+_TAG_LIMIT = 4000  # a registry tag's value may not be longer
+
+
+@dataclass(frozen=True)
+class VersionName:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def client() -> MlflowClient:
+    from mlflow import MlflowClient
+
+    from phi3_mlflow.tracking import connect
+
+    connect()
+    return MlflowClient()
+
+
+def register(model_uri: str, name: str, tags: Mapping[str, str], description: str) -> VersionName:
+    """Make a logged model a version of a registered model.
+
+    Args:
+        model_uri: a logged model, `models:/m-...` or `runs:/...`.
+        name: the registered model; made when there is none.
+        tags: of the version; values are cut to what the registry takes.
+        description: of the version, Markdown.
+    """
+    import mlflow
+
+    versions = client()
+    result = mlflow.register_model(
+        model_uri, name, tags={k: v[:_TAG_LIMIT] for k, v in tags.items()}
+    )
+    made = VersionName(name, str(result.version))
+    versions.update_model_version(name, made.version, description=description)
+    return made
+
+
+def set_alias(version: VersionName, alias: str) -> None:
+    """Point an alias at a version, unless it points there already."""
+    versions = client()
+    if alias_of(version.name, alias) != version.version:
+        versions.set_registered_model_alias(version.name, alias, version.version)
+
+
+def alias_of(name: str, alias: str) -> str | None:
+    """The version that an alias points to, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client().get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if _is_missing(error):
+            return None
+        raise
+
+
+def exists(version: VersionName) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client().get_model_version(version.name, version.version)
+    except MlflowException as error:
+        if _is_missing(error):
+            return False
+        raise
+    return True
+
+
+def describe(version: VersionName) -> ModelVersion:
+    return client().get_model_version(version.name, version.version)
+
+
+def set_tags(version: VersionName, tags: Mapping[str, str]) -> None:
+    """Set a version's tags; what has the right value already is not written again."""
+    versions = client()
+    present = versions.get_model_version(version.name, version.version).tags
+    for key, value in tags.items():
+        if present.get(key) != value[:_TAG_LIMIT]:
+            versions.set_model_version_tag(version.name, version.version, key, value[:_TAG_LIMIT])
+
+
+def set_description(version: VersionName, text: str) -> None:
+    """Set a version's description, unless it is that already."""
+    if describe(version).description != text:
+        client().update_model_version(version.name, version.version, description=text)
+
+
+def find_version(text: str, name: str) -> VersionName:
+    """The version that a parameter means.
+
+    Args:
+        text: a number, `models:/NAME/NUMBER`, `models:/NAME@ALIAS`, or `auto` for the challenger.
+        name: the profile's registered model.
+
+    Raises:
+        UserError: it is in none of these forms, or there is no such version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if text == "auto":
+        found = alias_of(name, CHALLENGER)
+        if found is None:
+            raise UserError(
+                f"parameter: version = 'auto': no version of {name} carries the alias "
+                f"{CHALLENGER}.\nRun  mlflow run . -e register  first, or name a version: "
+                "-P version=3"
+            )
+        return VersionName(name, found)
+    if re.fullmatch(r"[1-9][0-9]*", text):
+        text = f"models:/{name}/{text}"
+    match = re.fullmatch(r"models:/([^/@:]+)(?:/([1-9][0-9]*)|@([\w.-]+))", text)
+    if not match:
+        raise UserError(
+            f"parameter: version = {text!r}: allowed are a number, models:/NAME/NUMBER, "
+            "models:/NAME@ALIAS and auto"
+        )
+    model, number, alias = match.groups()
+    number = number or alias_of(model, alias)
+    try:
+        if number is None:
+            raise UserError(f"parameter: version = {text!r}: {model} has no alias {alias}")
+        client().get_model_version(model, number)
+    except MlflowException as error:
+        if not _is_missing(error):
+            raise
+        there = [v.version for v in client().search_model_versions(f"name='{model}'")]
+        known = ", ".join(sorted(map(str, there), key=int)) or "none"
+        raise UserError(
+            f"parameter: version = {text!r}: {model} has no version {number}; it has: {known}"
+        ) from error
+    return VersionName(model, number)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a promotion."""
+
+    champion: VersionName
+    before: str | None
+    moved: bool
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "champion": self.champion.uri,
+            "before": self.before,
+            "moved": self.moved,
+            "reason": self.reason,
+        }
+
+
+def promote(version: VersionName, *, force: bool) -> Promotion:
+    """Move the alias `champion` to a version that passed the gate.
+
+    Args:
+        version: the candidate, evaluated before.
+        force: move it whatever the gate said; recorded as forced.
+
+    Raises:
+        UserError: the version has not been evaluated.
+        GateRefused: the gate said no; the alias stays.
+    """
+    with _promotion_lock(version.name):
+        tags = describe(version).tags
+        gate = tags.get("gate")
+        if gate is None and not force:
+            raise UserError(
+                f"{version.uri} has not been evaluated, so there is no verdict to act on.\n"
+                f"Run  mlflow run . -e evaluate -P version={version.uri}  first."
+            )
+        before = alias_of(version.name, CHAMPION)
+        if gate != "passed" and not force:
+            stays = f"stays with version {before}" if before else "stays unset"
+            raise GateRefused(
+                f"the gate refuses {version.uri}; the alias {CHAMPION} {stays}.\n"
+                f"{tags.get('gate_reasons', '')}"
+            )
+        if before == version.version:
+            return Promotion(version, before, False, "it was the champion already")
+        reason = "the gate passed" if gate == "passed" else f"forced; the gate: {gate or 'not run'}"
+        _move(version, before, reason, forced=gate != "passed")
+        return Promotion(version, before, True, reason)
+
+
+def rollback(name: str) -> Promotion:
+    """Give the alias `champion` back to the version that had it before.
+
+    Raises:
+        UserError: there is no champion, or none before it.
+    """
+    with _promotion_lock(name):
+        current = alias_of(name, CHAMPION)
+        if current is None:
+            raise UserError(f"{name} has no {CHAMPION}, so there is nothing to roll back")
+        tags = describe(VersionName(name, current)).tags
+        before = tags.get("promoted_from", "")
+        if not before or not exists(VersionName(name, before)):
+            raise UserError(
+                f"{name} version {current} is the first {CHAMPION}: there is none before it to "
+                "roll back to"
+            )
+        target = VersionName(name, before)
+        # The way further back is kept: the target keeps its own `promoted_from`.
+        _move(target, current, f"rollback from version {current}", forced=False, keep_from=True)
+        return Promotion(target, current, True, f"rolled back from version {current}")
+
+
+def _move(
+    version: VersionName, before: str | None, reason: str, *, forced: bool, keep_from: bool = False
+) -> None:
+    """Move the alias; tags first, so that an alias never stands on a version without a reason."""
+    tags = {
+        "promoted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "promoted_by": f"{_user()}@{socket.gethostname()}",
+        "promotion_reason": reason,
+        "promotion_forced": str(forced).lower(),
+    }
+    if not keep_from:
+        tags["promoted_from"] = before or ""
+    set_tags(version, tags)
+    client().set_registered_model_alias(version.name, CHAMPION, version.version)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no entry in the password database, as in many containers
+        return "unknown"
+
+
+@contextmanager
+def _promotion_lock(name: str) -> Iterator[None]:
+    """One promotion of a registered model at a time, among the processes of this machine."""
+    from filelock import FileLock
+
+    from phi3_mlflow.store import cache_root, key_of
+    from phi3_mlflow.tracking import connect
+
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    key = key_of({"registry": connect(), "name": name})
+    with FileLock(str(locks / f"promote-{key}.lock")):
+        yield
+
+
+def _is_missing(error: Any) -> bool:
+    missing: Literal["RESOURCE_DOES_NOT_EXIST"] = "RESOURCE_DOES_NOT_EXIST"
+    no_alias = "alias" in str(error) and "not found" in str(error)
+    return bool(error.error_code == missing or no_alias)

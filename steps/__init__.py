@@ -1,0 +1,1 @@
+"""One standalone script a step of the pipeline: `python -m steps.STEP --help`."""

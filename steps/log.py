@@ -1,0 +1,161 @@
+"""Log the model to MLflow, in the ONNX flavor, the transformers flavor, or both.
+
+    mlflow run . -e log -P profile=smollm2-135m
+    python -m steps.log --profile smollm2-135m --flavor transformers
+
+Both flavors take MLflow's chat request and give the same OpenAI-shaped answer. Nothing is pickled:
+the ONNX flavor is models-from-code over onnxruntime-genai, complete in itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.card import model_card
+from phi3_mlflow.cli import run_script
+from phi3_mlflow.params import Request
+from phi3_mlflow.provenance import content_digest, read_provenance
+from phi3_mlflow.step import (
+    Input,
+    Step,
+    Work,
+    directory_input,
+    entry_input,
+    preceding_output,
+    read_record,
+)
+from phi3_mlflow.store import Entry, Store
+from phi3_mlflow.tracking import git_commit, tracking_identity
+
+
+def flavors(request: Request) -> list[str]:
+    flavor = request.profile.flavor
+    return ["onnx", "transformers"] if flavor == "both" else [flavor]
+
+
+def inputs(request: Request, store: Store) -> dict[str, Input]:
+    found = {}
+    for flavor in flavors(request):
+        name, before, what = (
+            ("onnx", "export", "an ONNX model that onnxruntime-genai opens")
+            if flavor == "onnx"
+            else ("checkpoint", "fetch", "a Hugging Face checkpoint")
+        )
+        if request.is_auto(name):
+            found[name] = entry_input(preceding_output(request, store, name, before))
+        else:
+            found[name] = directory_input(name, request.value(name), what)
+    return found
+
+
+def settings(request: Request) -> dict[str, Any]:
+    profile = request.profile
+    return {
+        "flavor": profile.flavor,
+        "contract": profile.contract,
+        "runtime": profile.runtime.model_dump(mode="json"),
+        "tracking": tracking_identity(),
+    }
+
+
+def work(work: Work) -> None:
+    models = []
+    for flavor in flavors(work.request):
+        directory = work.inputs["onnx" if flavor == "onnx" else "checkpoint"].path
+        tags = version_tags(flavor, directory)
+        log = log_onnx_model if flavor == "onnx" else log_transformers_model
+        info = log(work, directory, tags)
+        models.append(
+            {"flavor": flavor, "model_id": info.model_id, "model_uri": info.model_uri, "tags": tags}
+        )
+    work.record({"models": models})
+
+
+def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
+    from phi3_mlflow.flavors.onnx import log_onnx
+    from phi3_mlflow.flavors.packing import requirements
+
+    profile = work.request.profile
+    return log_onnx(
+        directory,
+        name=profile.registered_model,
+        contract=profile.contract,
+        model_config=profile.runtime.model_dump(mode="json", exclude_none=True),
+        metadata={"licence": profile.licence, "base_model": profile.base_model},
+        tags=tags,
+        model_card=model_card(profile, tags),
+        pip_requirements=requirements("onnx"),
+    )
+
+
+def log_transformers_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
+    from phi3_mlflow.flavors.packing import requirements
+    from phi3_mlflow.flavors.transformers import log_transformers
+
+    profile = work.request.profile
+    return log_transformers(
+        directory,
+        name=profile.registered_model,
+        dtype="auto",
+        metadata={"licence": profile.licence, "base_model": profile.base_model},
+        tags=tags,
+        model_card=model_card(profile, tags),
+        pip_requirements=requirements("transformers"),
+    )
+
+
+def version_tags(flavor: str, directory: Path) -> dict[str, str]:
+    """The tags of the version that the model becomes."""
+    known = read_provenance(directory)
+    return {
+        "flavor": flavor,
+        "precision": str(known.get("precision", "as the checkpoint")),
+        "algorithm": str(known.get("algorithm", "none")),
+        "source": str(known.get("source", "unknown")),
+        "source_revision": str(known.get("source_revision", "unknown")),
+        "checkpoint_sha256": str(known.get("checkpoint_sha256", "unknown")),
+        "artifact_sha256": str(known.get("artifact_sha256") or content_digest(directory)),
+        "git_commit": git_commit(),
+    }
+
+
+def still_there(entry: Entry) -> str | None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from phi3_mlflow.tracking import connect
+
+    connect()
+    for model in read_record(entry)["models"]:
+        try:
+            found = mlflow.get_logged_model(model["model_id"])
+        except MlflowException:
+            return f"the logged model {model['model_id']} is no longer in MLflow"
+        if str(found.status) != "READY":
+            return f"the logged model {model['model_id']} is {found.status}"
+        if not any(f.path.endswith("MLmodel") for f in _artifacts(model["model_id"])):
+            return f"the files of the logged model {model['model_id']} are gone"
+    return None
+
+
+def _artifacts(model_id: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    return list(MlflowClient().list_logged_model_artifacts(model_id))
+
+
+STEP = Step(
+    name="log",
+    summary="logging the model to MLflow",
+    parameters=("checkpoint", "onnx", "flavor", "contract"),
+    inputs=inputs,
+    settings=settings,
+    work=work,
+    code=("steps/log.py", "phi3_mlflow/flavors"),
+    libraries=("mlflow", "onnxruntime-genai", "transformers"),
+    still_there=still_there,
+)
+
+if __name__ == "__main__":
+    run_script(STEP, __doc__)

@@ -1,0 +1,138 @@
+"""Take a model all the way: fetch, quantize, export, log, register, evaluate, promote.
+
+    mlflow run .
+    mlflow run . -P profile=phi-3-mini-4k
+    python -m steps.main --profile smollm2-135m --algorithm rtn
+
+Each step is a child run of one parent run. What an earlier run has made already is taken from the
+cache; when nothing has changed, nothing is done. Ends with code 3 when the gate refuses the
+version: the alias `champion` then stays where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from phi3_mlflow import console, registry
+from phi3_mlflow.cli import command
+from phi3_mlflow.params import Request
+from phi3_mlflow.pipeline import Pipeline
+from phi3_mlflow.step import Outcome
+from phi3_mlflow.tracking import step_run, summary_line, tracking_identity
+from steps import evaluate, export, fetch, log, promote, quantize, register
+
+STEPS = (fetch, quantize, export, log, register, evaluate, promote)
+PARAMETERS = (
+    "profile",
+    "source",
+    "flavor",
+    "contract",
+    "precision",
+    "algorithm",
+    "block_size",
+    "registered_model",
+    "size",
+    "questions",
+    "force",
+    "quiet",
+)
+CHOICES = {"force": ("true", "false", "all", *(module.STEP.name for module in STEPS))}
+
+
+def main(request: Request) -> None:
+    console.set_quiet(request.flag("quiet"))
+    if request.flag("force"):
+        request = Request(request.profile, {**request.values, "force": "all"})
+    with step_run("main", request, None) as run:
+        run.log_settings(request.profile.model_dump(mode="json"), {})
+        pipeline = Pipeline(request, run.run_id)
+        result = sequence(pipeline, request)
+        run.log_headline(evaluate.headline_metrics(result.record))
+        report(request, pipeline, result)
+    done = sum(not outcome.hit for outcome in pipeline.outcomes)
+    print(
+        summary_line(
+            step="main", status="done", profile=request.profile.name, steps_done=done,
+            run_id=run.run_id, **run.figures(),
+        ),
+        flush=True,
+    )  # fmt: skip
+
+
+def sequence(pipeline: Pipeline, request: Request) -> Outcome:
+    """The steps that the profile needs, each given what those before it made."""
+    profile = request.profile
+    checkpoint = path = str(pipeline.run(fetch.STEP).entry.path)
+    if profile.quantizes:
+        path = str(pipeline.run(quantize.STEP, checkpoint=checkpoint).entry.path)
+    if profile.makes_onnx:
+        onnx = str(pipeline.run(export.STEP, checkpoint=path).entry.path)
+        logged = pipeline.run(log.STEP, checkpoint=checkpoint, onnx=onnx)
+    else:
+        logged = pipeline.run(log.STEP, checkpoint=checkpoint)
+    uris = ",".join(model["model_uri"] for model in logged.record["models"])
+    registered = pipeline.run(register.STEP, model_uri=uris)
+    challenger = register.challenger(registered.entry)
+    others = [f"models:/{v['name']}/{v['version']}" for v in registered.record["versions"]]
+    versions = sorted(others, key=lambda uri: uri != challenger.uri)
+    evaluated = pipeline.run(evaluate.STEP, version=",".join(versions), checkpoint=checkpoint)
+    pipeline.run(promote.STEP, version=challenger.uri)
+    return evaluated
+
+
+def report(request: Request, pipeline: Pipeline, evaluated: Outcome) -> None:
+    """Tell the person who started it what there is now, and what to do with it."""
+    name = request.profile.registered_model
+    aliases = {alias: registry.alias_of(name, alias) for alias in ("challenger", "champion")}
+    worked = [o.step for o in pipeline.outcomes[:-1] if not o.hit]
+    promotion = pipeline.outcomes[-1].record
+    lines = ["", "-" * 78]
+    if not worked and not promotion["moved"]:
+        lines.append("Nothing to do: everything is as an earlier run left it.")
+    lines.append(f"Registered model  {name}")
+    lines += [f"  {alias:<12} version {version}" for alias, version in aliases.items() if version]
+    lines.append("Measured")
+    metrics = evaluate.headline_metrics(evaluated.record)
+    lines += [f"  {label:<34} {text}" for label, text in readable(metrics)]
+    sample = next(iter(evaluated.record["versions"].values()))["sample"]
+    lines += ["Asked", f"  {sample['question']}", f"  > {sample['answer']}"]
+    lines += ["Next", *(f"  {line}" for line in next_commands(name))]
+    console.say("\n".join([*lines, "-" * 78]))
+
+
+def readable(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """The headline metrics for people."""
+    m = metrics
+    return [
+        ("questions answered right", f"{m['accuracy']:.0%}"),
+        (
+            "perplexity (full precision)",
+            f"{m['perplexity']:.2f} ({m['perplexity_reference']:.2f})",
+        ),
+        ("KL divergence from full precision", f"{m['kl_mean']:.3f} nats"),
+        ("same likeliest token", f"{m['top1_agreement']:.1%}"),
+        ("speed", f"{m['tokens_per_second']:.0f} tokens/s"),
+        ("peak memory", f"{m['peak_memory_bytes'] / 1e6:.0f} MB"),
+        ("size on disk", f"{m['size_bytes'] / 1e6:.0f} MB"),
+    ]
+
+
+def next_commands(name: str) -> list[str]:
+    """Commands to copy, with the programs of the environment this runs in."""
+    mlflow = Path(sys.executable).with_name("mlflow")
+    program = str(mlflow) if mlflow.exists() else "mlflow"
+    if mlflow.is_relative_to(Path.cwd()):
+        program = str(mlflow.relative_to(Path.cwd()))
+    store = shlex.quote(tracking_identity())
+    return [
+        "look at it:       " + f"{program} ui --backend-store-uri {store}",
+        "serve it:         " + f"MLFLOW_TRACKING_URI={store} {program} models serve "
+        f"-m models:/{name}@champion --env-manager local -p 5001",
+        "run Phi-3-mini:   make run PROFILE=phi-3-mini-4k",
+    ]
+
+
+if __name__ == "__main__":
+    command("main", PARAMETERS, __doc__, main, CHOICES).main(prog_name="python -m steps.main")

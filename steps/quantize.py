@@ -1,0 +1,84 @@
+"""Quantize a checkpoint to int4, tensor by tensor, into a checkpoint that onnxruntime-genai reads.
+
+    mlflow run . -e quantize -P profile=smollm2-135m
+    python -m steps.quantize --profile phi-3-mini-4k --algorithm rtn --block-size 64
+
+Only a few tensors are in memory at any time, whatever the size of the model. The result is still
+in Hugging Face's layout (GPTQ format), and the same checkpoint and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3_mlflow import console
+from phi3_mlflow.cli import run_script
+from phi3_mlflow.errors import UserError
+from phi3_mlflow.manifests import sha256_of_file
+from phi3_mlflow.params import Request
+from phi3_mlflow.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.step import (
+    Input,
+    Step,
+    Work,
+    directory_input,
+    entry_input,
+    figures,
+    preceding_output,
+)
+from phi3_mlflow.store import Store
+
+
+def inputs(request: Request, store: Store) -> dict[str, Input]:
+    if not request.profile.quantizes:
+        raise UserError(
+            f"quantize has nothing to do for flavor {request.profile.flavor} with precision "
+            f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
+        )
+    if request.is_auto("checkpoint"):
+        return {"checkpoint": entry_input(preceding_output(request, store, "checkpoint", "fetch"))}
+    text = request.value("checkpoint")
+    return {"checkpoint": directory_input("checkpoint", text, "a Hugging Face checkpoint")}
+
+
+def settings(request: Request) -> dict[str, Any]:
+    chosen = request.profile.quantization
+    values = chosen.model_dump(mode="json")
+    if chosen.calibration is not None:  # its content decides, not where it lies
+        values["calibration"] = sha256_of_file(chosen.calibration)
+    return values
+
+
+def work(work: Work) -> None:
+    from phi3_mlflow.quantization.quantize import quantize_checkpoint
+
+    checkpoint = work.inputs["checkpoint"].path
+    report = quantize_checkpoint(
+        checkpoint, work.out, work.request.profile.quantization, console.progress
+    )
+    work.metrics.update(figures(report))
+    write_provenance(
+        work.out,
+        read_provenance(checkpoint)
+        | {
+            "algorithm": work.request.profile.quantization.algorithm,
+            "precision": "int4",
+            "quantization": settings(work.request),
+            "quantized_sha256": content_digest(work.out),
+        },
+    )
+
+
+STEP = Step(
+    name="quantize",
+    summary="rounding the weights to int4",
+    parameters=("checkpoint", "algorithm", "block_size"),
+    inputs=inputs,
+    settings=settings,
+    work=work,
+    code=("steps/quantize.py", "phi3_mlflow/quantization", "phi3_mlflow/checkpoints"),
+    libraries=("numpy", "torch", "safetensors"),
+)
+
+if __name__ == "__main__":
+    run_script(STEP, __doc__)
