@@ -47,15 +47,10 @@ _ALL = (
     Parameter("flavor", "onnx, transformers or both", profile_key="flavor"),
     Parameter("contract", "chat, or prompt (ONNX flavor only)", profile_key="contract"),
     Parameter("precision", "int4 or fp32, of the ONNX flavor", profile_key="precision"),
-    Parameter(
-        "algorithm", "how int4 weights are rounded", profile_key="quantization.algorithm"
-    ),
-    Parameter(
-        "block_size", "weights that share a scale", profile_key="quantization.block_size", number=True
-    ),
-    Parameter(
-        "registered_model", "name in the Model Registry", profile_key="registered_model"
-    ),
+    Parameter("algorithm", "how int4 weights are rounded", profile_key="quantization.algorithm"),
+    Parameter("block_size", "weights that share a scale", profile_key="quantization.block_size",
+              number=True),
+    Parameter("registered_model", "name in the Model Registry", profile_key="registered_model"),
     Parameter("size", "evaluation sets: quick or full", profile_key="evaluation.size"),
     Parameter("questions", "a file of questions of your own", profile_key="evaluation.questions"),
     Parameter("checkpoint", "a checkpoint's folder; auto: what the step before it left"),
