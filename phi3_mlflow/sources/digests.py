@@ -47,16 +47,26 @@ class DigestingFile:
     """
 
     def __init__(self, stream: BinaryIO, git_size: int | None = None) -> None:
-        """Write to `stream`; with `git_size`, the file's size, also compute the git blob id."""
+        """Write to `stream`, which stays as it is until then.
+
+        Args:
+            stream: open for reading and writing.
+            git_size: the size the file will have, to also compute its git blob id.
+        """
         self._stream = stream
         self._git_size = git_size
         self._pool = ThreadPoolExecutor(1, "digest")
         self._pending: Future[None] | None = None
-        self.restart()
+        self._begin()
 
     def restart(self) -> None:
-        """Forget what was written and begin again at the file's first byte."""
+        """Forget what was written and begin again with an empty file."""
         self._wait()
+        self._begin()
+        self._stream.seek(0)
+        self._stream.truncate()
+
+    def _begin(self) -> None:
         self._sha256 = hashlib.sha256()
         self._git = None
         if self._git_size is not None:
@@ -64,11 +74,10 @@ class DigestingFile:
             header = f"blob {self._git_size}\0".encode()
             self._git = hashlib.sha1(header, usedforsecurity=False)
         self.size = 0
-        self._stream.seek(0)
-        self._stream.truncate()
 
     def resume(self) -> None:
-        """Take the bytes that are already in the file as written."""
+        """Take the bytes that are already in the file as written; read them for the digests."""
+        self._begin()
         self._stream.seek(0)
         while chunk := self._stream.read(CHUNK):
             self._digest(chunk)
@@ -97,8 +106,8 @@ class DigestingFile:
             self._git.update(chunk)
 
     def _wait(self) -> None:
-        if getattr(self, "_pending", None) is not None:
-            self._pending.result()  # type: ignore[union-attr]
+        if self._pending is not None:
+            self._pending.result()
             self._pending = None
 
     def __enter__(self) -> DigestingFile:

@@ -124,7 +124,7 @@ class Transfer:
     ) -> None:
         import httpx
 
-        _hide_queries_in_logs()
+        _keep_secrets_out_of_logs()
         self._origin = _origin(origin)
         self._headers = dict(headers)
         self._policy = policy
@@ -495,18 +495,21 @@ def _describe(error: Exception) -> str:
     return next((text for kind, text in kinds if isinstance(error, kind)), type(error).__name__)
 
 
-class _WithoutQuery(logging.Filter):
-    """httpx logs whole addresses; the query of a signed one opens the file to whoever reads it."""
+class _NothingSecret(logging.Filter):
+    """What httpx and httpcore log holds signed addresses and whatever a server sends back."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
+        if record.name.startswith("httpcore"):
+            record.msg, record.args = record.getMessage().partition(" ")[0], ()
+        elif isinstance(record.args, tuple):
             record.args = tuple(
                 _place(str(arg)) if type(arg).__name__ == "URL" else arg for arg in record.args
             )
         return True
 
 
-def _hide_queries_in_logs() -> None:
-    logger = logging.getLogger("httpx")
-    if not any(isinstance(known, _WithoutQuery) for known in logger.filters):
-        logger.addFilter(_WithoutQuery())
+def _keep_secrets_out_of_logs() -> None:
+    names = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy")))
+    for logger in map(logging.getLogger, names):
+        if not any(isinstance(known, _NothingSecret) for known in logger.filters):
+            logger.addFilter(_NothingSecret())
