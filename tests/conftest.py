@@ -1,0 +1,101 @@
+"""What all tests share: a workspace of their own, and one run of the whole line on the default."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Nothing here may depend on what the developer's own environment points to.
+for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A working folder with a cache and a tracking store of its own."""
+
+    folder: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "PHI3_MLFLOW_CACHE": str(self.cache),
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+        }
+
+    def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a program of this environment; MLflow's artifacts land in this folder."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **self.environment, "PATH": path, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=cwd or self.folder, env=environment, capture_output=True, text=True
+        )
+
+    def step(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run a step's script."""
+        return self.run(sys.executable, "-m", f"steps.{name}", *options)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """An empty workspace, set up for code in this process and for programs it starts."""
+    import mlflow
+
+    place = Workspace(tmp_path)
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    # MLflow leaves the experiment that was chosen last here, which another store does not know.
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    yield place
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
+    """One run of `main` on the embedded default through `mlflow run`; its console output."""
+    place = Workspace(tmp_path_factory.mktemp("default"))
+    done = place.run(
+        "mlflow", "run", str(ROOT), "--env-manager", "local", "--experiment-name", "phi3-mlflow",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place, done.stdout + done.stderr
+
+
+def _output(place: Workspace, step: str) -> Path:
+    from phi3_mlflow.store import Store
+
+    entry = Store(place.cache).latest("smollm2-135m", step)
+    assert entry is not None, f"{step} left nothing"
+    return entry.path
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint(default_run: tuple[Workspace, str]) -> Path:
+    """The embedded default as a Hugging Face checkpoint; only for tests marked slow."""
+    return _output(default_run[0], "fetch")
+
+
+@pytest.fixture(scope="session")
+def real_onnx(default_run: tuple[Workspace, str]) -> Path:
+    """The embedded default as an int4 ONNX directory; only for tests marked slow."""
+    return _output(default_run[0], "export")

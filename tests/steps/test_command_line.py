@@ -1,0 +1,103 @@
+"""What a person meets at the command line: help, bad input, missing inputs."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from phi3_mlflow.cli import command, step_command
+from phi3_mlflow.errors import EXIT_BAD_INPUT
+from phi3_mlflow.params import PARAMETERS
+from phi3_mlflow.step import ROOT
+from tests.conftest import Workspace
+
+STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote")
+
+
+def invoke(name: str, *options: str) -> Result:
+    module = importlib.import_module(f"steps.{name}")
+    made = (
+        command("main", module.PARAMETERS, module.__doc__, module.main, module.CHOICES)
+        if name == "main"
+        else step_command(module.STEP, module.__doc__)
+    )
+    return CliRunner().invoke(made, list(options))
+
+
+@pytest.mark.parametrize("name", [*STEPS, "main"])
+def test_help_is_the_scripts_manual(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert f"python -m steps.{name}" in result.output
+    assert "--profile" in result.output
+
+
+@pytest.mark.parametrize("name", [*STEPS, "main"])
+def test_an_unknown_profile_ends_with_code_2_and_names_those_there_are(
+    name: str, workspace: Workspace
+) -> None:
+    result = invoke(name, "--profile", "nonsense")
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert "smollm2-135m" in result.stderr
+    assert "phi-3-mini-4k" in result.stderr
+    assert not workspace.cache.exists()
+
+
+@pytest.mark.parametrize("name", [*STEPS, "main"])
+def test_an_undeclared_parameter_ends_with_code_2(name: str) -> None:
+    result = invoke(name, "--colour", "blue")
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert "--colour" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "makes_it"),
+    [("quantize", "fetch"), ("export", "quantize"), ("log", "export"), ("register", "log")],
+)
+def test_a_missing_input_names_the_command_that_makes_it(
+    name: str, makes_it: str, workspace: Workspace
+) -> None:
+    result = invoke(name)
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert f"mlflow run . -e {makes_it} -P profile=smollm2-135m" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("quantize", ("--flavor", "x"), "No such option"),
+        ("quantize", ("--algorithm", "x"), "quantization.algorithm = 'x'"),
+        ("export", ("--precision", "int3"), "precision = 'int3'"),
+        ("log", ("--contract", "prompt", "--flavor", "transformers"), "needs flavor 'onnx'"),
+        ("promote", ("--action", "demote"), "allowed: promote, rollback"),
+        ("promote", ("--version", "latest"), "allowed are a number"),
+        ("promote", ("--version", "7"), "it has: none"),
+        ("promote", (), "no version of smollm2-135m carries the alias challenger"),
+        ("promote", ("--action", "rollback"), "nothing to roll back"),
+        ("register", ("--model-uri", "models:/m-0"), "there is no such logged model"),
+        ("main", ("--force", "everything"), "allowed: true, false, all, fetch"),
+    ],
+)
+def test_bad_input_is_told_from_a_fault(
+    name: str, options: tuple[str, ...], words: str, workspace: Workspace
+) -> None:
+    result = invoke(name, *options)
+    assert result.exit_code == EXIT_BAD_INPUT, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_mlproject_declares_just_the_parameters_that_the_steps_have() -> None:
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
+    for name in [*STEPS, "main"]:
+        module = importlib.import_module(f"steps.{name}")
+        wanted = module.PARAMETERS if name == "main" else module.STEP.all_parameters
+        declared = project["entry_points"][name]["parameters"]
+        assert tuple(declared) == wanted, name
+        for parameter, about in declared.items():
+            assert about == {"type": "string", "default": PARAMETERS[parameter].default}
+            text = project["entry_points"][name]["command"]
+            assert f"{PARAMETERS[parameter].option} {{{parameter}}}" in text

@@ -1,0 +1,185 @@
+"""The whole line on a tiny model: each step alone, all in `main`, again, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from phi3_mlflow import registry
+from phi3_mlflow.errors import EXIT_BAD_INPUT, EXIT_GATE
+from phi3_mlflow.params import read_request
+from phi3_mlflow.step import RECORD_NAME, carry_out, read_record
+from tests.conftest import Workspace
+from tests.fixtures.tiny_line import write_profile
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path, str]:
+    """`main` run once: the workspace, the profile, and what was printed."""
+    place = Workspace(tmp_path_factory.mktemp("line"))
+    profile = write_profile(place.folder)
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place, profile, done.stdout + done.stderr
+
+
+@pytest.fixture
+def connected(line: tuple[Workspace, Path, str], monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    for name, value in line[0].environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(line[0].folder)
+    return line[0]
+
+
+def test_main_ends_with_a_champion_that_answers(line, connected: Workspace) -> None:
+    assert registry.alias_of("tiny", "champion") == "1"
+    assert registry.alias_of("tiny", "challenger") == "1"
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    answer = model.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3})
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] <= 3
+
+
+def test_main_says_what_there_is_and_what_to_do_next(line) -> None:
+    output = line[2]
+    for words in (
+        "champion     version 1",
+        "KL divergence from full precision",
+        "What is the capital of France?",
+        "mlflow ui",
+        "models serve",
+        "phi-3-mini-4k",
+    ):
+        assert words in output, words
+    assert "Traceback" not in output
+
+
+def test_the_version_says_where_it_comes_from(line, connected: Workspace) -> None:
+    version = registry.describe(registry.VersionName("tiny", "1"))
+    for tag in registry.VERSION_TAGS:
+        assert version.tags.get(tag), tag
+    assert version.tags["algorithm"] == "rtn"
+    assert version.tags["precision"] == "int4"
+    assert version.tags["gate"] == "passed"
+    assert len(version.tags["artifact_sha256"]) == 64
+    assert "Licence**: MIT" in version.description
+
+
+def test_every_step_is_a_child_run_with_its_cost_and_manifest(line, connected: Workspace) -> None:
+    client = registry.client()
+    experiment = mlflow.get_experiment_by_name("phi3-mlflow")
+    parent, *_ = client.search_runs([experiment.experiment_id], "tags.step = 'main'")
+    children = client.search_runs(
+        [experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    )
+    by_step = {run.data.tags["step"]: run for run in children}
+    assert set(by_step) == {
+        "fetch", "quantize", "export", "log", "register", "evaluate", "promote",
+    }  # fmt: skip
+    for step, run in by_step.items():
+        assert run.info.status == "FINISHED"
+        for metric in ("wall_time_s", "peak_rss_bytes", "bytes_read", "bytes_written"):
+            assert metric in run.data.metrics, (step, metric)
+        assert run.data.metrics["peak_rss_bytes"] > 10e6
+        assert any(name.startswith("resolved.") for name in run.data.params), step
+        listed = client.list_artifacts(run.info.run_id, "manifest")
+        assert [f.path for f in listed] == [f"manifest/{step}.json"]
+    file = mlflow.artifacts.download_artifacts(
+        run_id=by_step["export"].info.run_id, artifact_path="manifest/export.json"
+    )
+    listed = {f["path"]: f for f in json.loads(Path(file).read_text())["files"]}
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(listed)
+    assert all(len(f["sha256"]) == 64 for f in listed.values())
+
+
+def test_again_nothing_is_done(line, connected: Workspace) -> None:
+    place, profile, _ = line
+    before = len(registry.client().search_model_versions("name='tiny'"))
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to do" in done.stderr
+    assert done.stdout.count("cached=true") == 6
+    assert len(registry.client().search_model_versions("name='tiny'")) == before
+
+
+def test_each_step_alone_takes_what_the_one_before_left(line, connected: Workspace) -> None:
+    place, profile, _ = line
+    for step in ("quantize", "export", "log", "register", "evaluate", "promote"):
+        done = place.step(step, "--profile", str(profile))
+        assert done.returncode == 0, (step, done.stderr)
+        assert f"step={step} status=done" in done.stdout
+
+
+def test_a_step_takes_a_folder_that_is_named(line, connected: Workspace, tmp_path: Path) -> None:
+    place, profile, _ = line
+    checkpoint = place.folder / "checkpoint"
+    done = place.step("quantize", "--profile", str(profile), "--checkpoint", str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    done = place.step("quantize", "--profile", str(profile), "--checkpoint", str(tmp_path / "no"))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "there is no folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_equal_input_gives_equal_bytes(line, connected: Workspace) -> None:
+    _, profile, _ = line
+    values = {"profile": str(profile), "quiet": "true"}
+    from steps import export, quantize
+
+    digests = []
+    for _ in range(2):
+        again = {**values, "force": "true"}
+        made = [
+            carry_out(module.STEP, read_request(module.STEP.all_parameters, again))
+            for module in (quantize, export)
+        ]
+        assert not any(outcome.hit for outcome in made)
+        digests.append([outcome.entry.manifest.digest for outcome in made])
+    assert digests[0] == digests[1]
+
+
+def test_the_gate_refuses_and_says_by_how_much(line, connected: Workspace) -> None:
+    place, _, _ = line
+    strict = {"thresholds": {"kl_mean": {"max": 1e-9}, "accuracy": {"min": 1}}}
+    profile = write_profile(place.folder, "tiny-strict", gate=strict, registered_model="tiny")
+    done = place.step("main", "--profile", str(profile), "--algorithm", "k_quant")
+    assert done.returncode == EXIT_GATE, done.stdout + done.stderr
+    assert "above the max 1e-09" in done.stderr
+    assert "accuracy is 0, 1 below the min 1" in done.stderr
+    assert "stays with version 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert registry.alias_of("tiny", "champion") == "1"
+    assert registry.alias_of("tiny", "challenger") == "2"
+    tags = registry.describe(registry.VersionName("tiny", "2")).tags
+    assert tags["gate"] == "failed"
+    assert "kl_mean" in tags["gate_reasons"]
+
+    forced = place.step("promote", "--profile", str(profile), "--force", "true")
+    assert forced.returncode == 0, forced.stderr
+    assert registry.alias_of("tiny", "champion") == "2"
+    tags = registry.describe(registry.VersionName("tiny", "2")).tags
+    assert (tags["promotion_forced"], tags["promoted_from"]) == ("true", "1")
+
+    back = place.step("promote", "--profile", str(profile), "--action", "rollback")
+    assert back.returncode == 0, back.stderr
+    assert registry.alias_of("tiny", "champion") == "1"
+
+
+def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) -> None:
+    from steps import log
+
+    _, profile, _ = line
+    request = read_request(log.STEP.all_parameters, {"profile": str(profile), "quiet": "true"})
+    first = carry_out(log.STEP, request)
+    assert first.hit
+    model_id = read_record(first.entry)["models"][0]["model_id"]
+    registry.client().delete_logged_model(model_id)
+    second = carry_out(log.STEP, request)
+    assert not second.hit
+    record = json.loads((second.entry.path / RECORD_NAME).read_text())
+    assert record["models"][0]["model_id"] != model_id

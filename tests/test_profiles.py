@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi3_mlflow.errors import EXIT_BAD_INPUT, UserError
+from phi3_mlflow.params import PARAMETERS, read_request
+from phi3_mlflow.profiles import load_profile, profile_names
+
+GOOD = {
+    "description": "a model",
+    "base_model": "me/model",
+    "licence": "MIT",
+    "source": "file:model",
+    "context_length": 128,
+}
+
+
+def write(folder: Path, **changes) -> str:
+    file = folder / "mine.yaml"
+    content = {k: v for k, v in {**GOOD, **changes}.items() if v is not None}
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_the_profiles_that_come_with_the_project_are_valid_and_pinned(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == profile.registered_model == name
+    assert profile.gate.thresholds
+    if profile.source.startswith("hf:"):
+        assert len(profile.source.rpartition("@")[2]) == 40
+    else:
+        assert profile.sha256
+
+
+def test_a_profile_of_the_users_own_by_path(tmp_path: Path) -> None:
+    profile = load_profile(write(tmp_path, registered_model="other"))
+    assert (profile.name, profile.registered_model) == ("mine", "other")
+
+
+def test_parameters_come_before_the_file(tmp_path: Path) -> None:
+    values = {"profile": write(tmp_path), "algorithm": "rtn", "block_size": "64", "flavor": "auto"}
+    request = read_request(("profile", "algorithm", "block_size", "flavor"), values)
+    assert request.profile.quantization.algorithm == "rtn"
+    assert request.profile.quantization.block_size == 64
+    assert request.profile.flavor == "onnx"
+
+
+def refusal(name: str, **values: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read_request(PARAMETERS, {"profile": name, **values})
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    return str(caught.value)
+
+
+def test_an_unknown_profile_names_those_there_are() -> None:
+    message = refusal("smollm2-135")
+    assert "Did you mean smollm2-135m" in message
+    for name in profile_names():
+        assert name in message
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        context_length="long",
+        licence=None,
+        flavour="onnx",
+        quantization={"algoritm": "rtn", "block_size": 31},
+        gate={"thresholds": {"beauty": {"min": 1}}},
+    )
+    message = refusal(file, precision="int3", quiet="maybe")
+    for words in (
+        "context_length = 'long'",
+        "licence is missing",
+        "unknown key flavour",
+        "did you mean flavor",
+        "unknown key quantization.algoritm",
+        "quantization.block_size = 31",
+        "unknown metric beauty",
+        "parameter: precision = 'int3'",
+        "parameter: quiet = 'maybe'",
+    ):
+        assert words in message, words
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contract": "prompt", "flavor": "transformers"}, "contract 'prompt' needs flavor 'onnx'"),
+        ({"runtime": {"max_context": 4096}}, "beyond the model's context_length 128"),
+        ({"source": "gopher:x"}, "gopher"),
+        ({"gate": {"thresholds": {"kl_mean": {}}}}, "give min, max or both"),
+        ({"gate": {"thresholds": {"kl_mean": {"min": 2, "max": 1}}}}, "min 2.0 is above max 1.0"),
+        ({"sha256": {"file": "abc"}}, "sha256.file"),
+        ({"quantization": "rtn"}, "quantization"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(tmp_path: Path, changes: dict, words: str) -> None:
+    assert words in refusal(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "", "\x00", "just text"])
+def test_a_file_that_is_no_profile(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    assert "bad.yaml" in refusal(str(file))
+
+
+def test_an_empty_value_is_not_taken_for_a_default() -> None:
+    assert "flavor is empty" in refusal("smollm2-135m", flavor=" ")
+
+
+@given(st.text(max_size=30))
+def test_no_profile_name_leads_to_a_traceback(name: str) -> None:
+    if name in profile_names() or not name.isprintable():
+        return
+    with pytest.raises(UserError):
+        load_profile(name or "x")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*GOOD, "quantization", "gate", "runtime", "other", "sha256"]),
+        st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+        max_size=6,
+    )
+)  # fmt: skip
+def test_no_content_leads_to_a_traceback(tmp_path_factory: pytest.TempPathFactory, content) -> None:
+    file = tmp_path_factory.mktemp("profiles") / "p.yaml"
+    file.write_text(yaml.safe_dump({**GOOD, **content}))
+    with contextlib.suppress(UserError):
+        assert load_profile(str(file)).name == "p"
