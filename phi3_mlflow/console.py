@@ -111,12 +111,16 @@ class _Lines:
 
     def _print(self, now: float) -> None:
         elapsed = now - self._start
-        of = f" of {self._amount(self._total)}" if self._total else ""
+        amount = self._amount()
         share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
         left = ""
         if self._total and 0 < self._count < self._total:
             left = f", {elapsed / self._count * (self._total - self._count):.0f} s left"
-        say(f"  {self._description}: {self._amount(self._count)}{of}{share}, {elapsed:.0f} s{left}")
+        say(f"  {self._description}: {amount}{share}, {elapsed:.0f} s{left}")
 
-    def _amount(self, count: int) -> str:
-        return f"{count / 1e6:.1f} MB" if self._unit == "bytes" else f"{count} {self._unit}"
+    def _amount(self) -> str:
+        if self._unit != "bytes":
+            of = f" of {self._total}" if self._total else ""
+            return f"{self._count}{of} {self._unit}"
+        of = f" of {self._total / 1e6:.1f}" if self._total else ""
+        return f"{self._count / 1e6:.1f}{of} MB"
