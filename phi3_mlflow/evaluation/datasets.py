@@ -27,6 +27,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -306,9 +307,9 @@ def _numeric(check: NumericCheck, answer: str) -> bool:
             break
     if number is None:
         return False
-    given = float(number.group().replace(",", ""))
-    # The tiny relative slack absorbs binary fractions (0.1 + 0.2), nothing a reader would see.
-    return abs(given - check.value) <= check.tolerance + 1e-9 * max(1.0, abs(check.value))
+    # Decimals, because floats make 0.1 + 0.2 unequal to 0.3 and need a slack that hides errors.
+    given, value = Decimal(number.group().replace(",", "")), Decimal(repr(check.value))
+    return abs(given - value) <= Decimal(repr(check.tolerance))
 
 
 def _find(pattern: str, text: str, ignore_case: bool, mode: str) -> bool:
@@ -655,13 +656,16 @@ def build_needle_prompt(
     in (default: the shipped held-out and calibration texts, starting at a place drawn from the
     row's id). Output: one user message whose content measures at most `target_tokens` and hardly
     less, the needle standing as a paragraph of its own nearest to `depth`. The chat template's
-    own tokens come on top. Errors: UserError when the haystack is too short for the target.
+    own tokens come on top. Errors: UserError when the haystack is too short for the target, or the
+    target for the question.
     """
     documents = list(_shipped_haystack() if haystack is None else haystack)
     start = int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16) % max(1, len(documents))
     head = "Read the following notes. A question about one of them comes at the end."
     tail = f"Question: {row.question}"
     budget = row.target_tokens - tokenizer_len_fn("\n\n".join([head, row.needle, tail]))
+    if budget <= 0:
+        raise UserError(f"needle {row.id}: target_tokens {row.target_tokens} leaves no room")
     body: list[str] = []
     sizes: list[int] = []
     for document in documents[start:] + documents[:start]:
