@@ -41,6 +41,12 @@ class GenaiEngine:
         self.context = settings.max_context or made_for
         self.rope_switch = settings.rope_switch
         decoder = about["decoder"]
+        window = decoder.get("sliding_window")
+        self._window = window["window_size"] if window else 0
+        if window and not window.get("layers"):
+            # The builder names the window but put it into no layer of the graph, and the cache is
+            # allocated for the window all the same. Within the window the model is right.
+            self.context = min(self.context, self._window)
         self.token_bytes = (
             2  # keys and values
             * decoder["num_hidden_layers"]
@@ -78,7 +84,9 @@ class GenaiEngine:
         params = self._og.GeneratorParams(self._model)
         # max_length counts the prompt, and the key-value cache for all of it is allocated at once.
         params.set_search_options(max_length=capacity, do_sample=False)
-        return GenaiSession(self._og.Generator(self._model, params), capacity, self.rope_switch)
+        return GenaiSession(
+            self._og.Generator(self._model, params), capacity, self.rope_switch, self._window
+        )
 
 
 class GenaiSession:
@@ -87,11 +95,12 @@ class GenaiSession:
     So a generator carries no sampling options and no random state, and can serve any request.
     """
 
-    def __init__(self, generator: Any, capacity: int, rope_switch: int) -> None:
+    def __init__(self, generator: Any, capacity: int, rope_switch: int, window: int) -> None:
         self.capacity = capacity
         self.reusable = True
         self._generator = generator
         self._rope_switch = rope_switch
+        self._window = window
         self._length = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -106,7 +115,9 @@ class GenaiSession:
             self._length = 0
         self._generator.append_tokens(new)
         self._length += len(new)
-        self.reusable = self.reusable and not 0 < switch < self._length
+        # A cache of the size of the window overwrites what has left it.
+        for limit in (switch, self._window):
+            self.reusable = self.reusable and not 0 < limit < self._length
 
     def logits(self) -> np.ndarray:
         return np.asarray(self._generator.get_logits()).reshape(-1)
