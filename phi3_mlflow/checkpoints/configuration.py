@@ -5,7 +5,7 @@ The shapes are those of `transformers.models.phi3.modeling_phi3`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 ARCHITECTURE = "Phi3ForCausalLM"
 MODEL_TYPE = "phi3"
@@ -31,6 +31,7 @@ def config_problems(config: dict[str, Any]) -> list[str]:
     if not sizes:
         problems += _relation_problems(config)
         problems += _token_problems(config)
+        problems += _rope_problems(config)
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         problems.append("config.json: tie_word_embeddings is neither true nor false")
     if config.get("hidden_act", "silu") not in _ACTIVATIONS:
@@ -84,7 +85,7 @@ def key_value_heads(config: dict[str, Any]) -> int:
     return config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether a JSON value is a whole number of at least 0; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -145,6 +146,35 @@ def _token_problems(config: dict[str, Any]) -> list[str]:
                     f"{config['vocab_size']}"
                 )
     return problems
+
+
+def _rope_problems(config: dict[str, Any]) -> list[str]:
+    """Rotary scaling whose factors are not one for every pair of rotated elements."""
+    scaling = config.get("rope_scaling")
+    if scaling is None:
+        return []
+    if not isinstance(scaling, dict):
+        return [f"config.json: rope_scaling is {_brief(scaling)}, it must be an object or null"]
+    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if not _is_number(partial) or not 0 < partial <= 1:
+        return [f"config.json: partial_rotary_factor is {_brief(partial)}, it must be 0 to 1"]
+    pairs = int(head_size(config) * partial) // 2
+    problems = []
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key)
+        if factors is None:
+            continue
+        if not isinstance(factors, list) or not all(map(_is_number, factors)):
+            problems.append(f"config.json: rope_scaling.{key} is no list of numbers")
+        elif len(factors) != pairs:
+            problems.append(
+                f"config.json: rope_scaling.{key} has {len(factors)} factors, {pairs} are needed"
+            )
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _brief(value: Any) -> str:

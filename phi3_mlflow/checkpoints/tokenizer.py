@@ -33,8 +33,8 @@ def tokenizer_problems(directory: Path, config: dict[str, Any]) -> list[str]:
         return [str(error)]
     rows, problems = config["vocab_size"], []
     for place, ids in found:
-        if bad := next((value for value in ids if not is_count(value)), None):
-            problems.append(f"{place}: {bad!r} is no token id")
+        if bad := [value for value in ids if not is_count(value)]:
+            problems.append(f"{place}: {bad[0]!r} is no token id")
             continue
         highest = max(ids, default=-1)
         if highest >= rows:

@@ -1,7 +1,7 @@
 """A local server that speaks the hub's API, and misbehaves on demand.
 
-Two servers run: the hub, and the store where its LFS files are, on another port and so another
-origin, as in reality. Whatever is asked of either is recorded.
+Two servers run: the hub, and the store where its LFS files are, under another host name as in
+reality. Whatever is asked of either is recorded.
 
 | route | answer |
 |---|---|
@@ -42,6 +42,7 @@ class Reply:
         reset: close with a reset instead of an orderly end.
         drip_s: send one byte at a time with so many seconds between.
         pause_s: wait so long before the first byte.
+        linger_s: keep the connection open so long after the last byte.
         chunked: send without Content-Length, in chunks; `send_only` leaves it unfinished.
         raw: send these bytes instead of an HTTP answer.
     """
@@ -53,6 +54,7 @@ class Reply:
     reset: bool = False
     drip_s: float = 0.0
     pause_s: float = 0.0
+    linger_s: float = 0.0
     chunked: bool = False
     raw: bytes | None = None
 
@@ -107,7 +109,7 @@ class HubServer:
         self._hub = _server(self, "hub")
         self._store = _server(self, "store")
         self.url = f"http://127.0.0.1:{self._hub.server_address[1]}"
-        self.store_url = f"http://127.0.0.1:{self._store.server_address[1]}"
+        self.store_url = f"http://localhost:{self._store.server_address[1]}"
 
     def fault(
         self,
@@ -319,6 +321,7 @@ def _server(hub: HubServer, kind: str) -> ThreadingHTTPServer:
                 return
             if not reply.drip_s:
                 self.wfile.write(body)
+                hub._stop.wait(reply.linger_s)
                 return
             for byte in body:
                 self.wfile.write(bytes([byte]))
