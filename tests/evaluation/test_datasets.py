@@ -79,6 +79,24 @@ def test_shipped_sizes() -> None:
     assert {row.target_tokens for row in NEEDLES} == {1000, 2500, 4500, 7000}
 
 
+def test_readme_states_what_is_there() -> None:
+    readme = (ds.DATA_DIR / "README.md").read_text(encoding="utf-8")
+    for category in {question.category for question in QUESTIONS}:
+        rows = [question for question in QUESTIONS if question.category == category]
+        levels = Counter(question.level for question in rows)
+        quick = sum(question.quick for question in rows)
+        cells = [category, len(rows), levels["easy"], levels["medium"], levels["hard"], quick]
+        assert "| " + " | ".join(map(str, cells)) + " |" in readme
+    for register in {row.register_ for row in HELDOUT}:
+        texts = [row.text for row in HELDOUT if row.register_ == register]
+        assert f"| {register} | {len(texts)} | {sum(map(len, texts)):,} |" in readme
+    for name, rows in (("questions", QUESTIONS), ("heldout", HELDOUT), ("needle", NEEDLES)):
+        quick = sum(row.quick for row in rows)
+        assert re.search(rf"\| `{name}\.jsonl` \| .+ \| {len(rows)} \| {quick} \|", readme), name
+    total = sum(len(calibration_text(row)) for row in CALIBRATION)
+    assert f"{len(CALIBRATION)} texts, {total:,} characters" in readme
+
+
 def test_shipped_multi_turn_has_history_and_prompts_are_different() -> None:
     for question in QUESTIONS:
         assert question.category != "multi_turn" or len(question.messages) >= 3, question.id
@@ -165,8 +183,8 @@ def test_arithmetic_keys_are_recomputed() -> None:
 
 
 TASKS = {
-    r"Write this(?: word)? in capital letters: (.+?)\.": str.upper,
-    r"Write this word in small letters: (.+?)\.": str.lower,
+    r"Convert this (?:word|text) to uppercase: (.+)": str.upper,
+    r"Convert this word to lowercase: (.+)": str.lower,
     r"Spell this word backwards: (.+?)\.": lambda text: text[::-1],
     r"Write these words in reverse order: (.+?)\.": lambda t: ", ".join(t.split(", ")[::-1]),
     r"Sort these words in alphabetical order: (.+?)\.": lambda t: ", ".join(sorted(t.split(", "))),
@@ -212,6 +230,16 @@ def test_extraction_answers_stand_in_the_passage_or_are_computed() -> None:
 def test_no_shipped_check_passes_an_answer_that_says_nothing(answer: str) -> None:
     passed = [row.id for row in [*QUESTIONS, *NEEDLES] if ds.check_answer(row.check, answer)]
     assert passed == []
+
+
+def test_repeating_the_question_is_no_answer() -> None:
+    for question in QUESTIONS:
+        if question.category in ("facts", "arithmetic", "json", "multi_turn"):
+            text = prompt(question)
+            if (question.category, text) != ("multi_turn", "ping"):
+                sums = re.sub(r"What is (.+)\? Answer.*", r"\1", text)
+                assert not ds.check_answer(question.check, text), question.id
+                assert not ds.check_answer(question.check, sums), question.id
 
 
 def test_labels_of_a_classification_exclude_each_other() -> None:
