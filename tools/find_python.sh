@@ -4,9 +4,10 @@
 set -u
 for candidate in ${PYTHON:-python3.11 python3 python}; do
     found=$("$candidate" -c '
-import sys
+import os, sys
 if sys.version_info[:2] == (3, 11):
-    print(getattr(sys, "_base_executable", "") or sys.executable)' 2>/dev/null) || continue
+    # Never the one in a virtual environment: .venv itself may be first on the PATH, and half gone.
+    print(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))' 2>/dev/null) || continue
     if [ -n "$found" ]; then
         echo "$found"
         exit 0

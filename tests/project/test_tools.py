@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -141,6 +142,16 @@ def test_the_named_python_is_the_only_candidate(root, tmp_path):
     pretend_python(tmp_path, "python3.11", "3.11")
     mine = pretend_python(tmp_path, "mine", "3.11")
     assert find_python(root, tmp_path, PYTHON=str(mine)).stdout.strip() == str(mine)
+
+
+def test_the_python_that_made_a_virtual_environment_is_found_not_the_environments(root, tmp_path):
+    """An environment is first on the PATH while it is made again; what is left of it cannot do it."""
+    made = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
+    path = f"{made / 'bin'}:/usr/bin:/bin"
+    assert not Path(find_python(root, path).stdout.strip()).is_relative_to(made)
+    (made / "pyvenv.cfg").unlink()
+    assert not Path(find_python(root, path).stdout.strip()).is_relative_to(made)
 
 
 # --- setup_venv ---------------------------------------------------------------------------------
