@@ -48,12 +48,12 @@ def main(arguments: list[str]) -> int:
     kind = arguments[0]
     if is_ready(kind):
         return 0
-    with one_at_a_time():
+    with one_at_a_time() as lock:
         if is_ready(kind):
             return 0
         started = time.monotonic()
-        create_venv()
-        install(kind)
+        create_venv(lock)
+        install(kind, lock)
         mark_ready(kind)
         say(f".venv is ready ({time.monotonic() - started:.0f} s)")
     return 0
@@ -89,18 +89,22 @@ def mark_ready(kind: str) -> None:
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Hold the lock beside .venv; the kernel releases it when this process ends, in any way."""
+def one_at_a_time() -> Iterator[int]:
+    """Hold the lock beside .venv; the kernel releases it when its holders end, in any way.
+
+    Yields its descriptor. A pip that is started holds it too, so that one which outlives this
+    process, killed, is waited for by the next.
+    """
     with LOCK.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another process is setting up .venv: waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle.fileno()
 
 
-def create_venv() -> None:
+def create_venv(lock: int) -> None:
     """Make .venv with the pinned pip, or keep what is there if it is whole and of this Python."""
     home = _home_of(VENV)
     base = Path(sys.base_prefix).resolve()
@@ -116,7 +120,7 @@ def create_venv() -> None:
     pip = [str(VENV / "bin" / "python"), "-m", "pip"]
     shown = subprocess.run([*pip, "--version"], capture_output=True, text=True)
     if shown.returncode != 0 or shown.stdout.split()[1:2] != [wanted]:
-        run_pip([*pip, "install", f"pip=={wanted}"], f"pip {wanted}")
+        run_pip([*pip, "install", f"pip=={wanted}"], f"pip {wanted}", lock)
 
 
 def _home_of(venv: Path) -> Path | None:
@@ -158,16 +162,16 @@ def _create_empty_venv() -> None:
     )
 
 
-def install(kind: str) -> None:
+def install(kind: str, lock: int) -> None:
     """Install a set's requirements, bound to its constraints; pip's configuration is honoured."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--no-compile"]
     for path in constraint_paths(kind):
         command += ["-c", str(path)]
     requirements = direct_requirements(kind)
-    run_pip([*command, *requirements], f"{len(requirements)} packages and what they need")
+    run_pip([*command, *requirements], f"{len(requirements)} packages and what they need", lock)
 
 
-def run_pip(command: list[str], what: str) -> None:
+def run_pip(command: list[str], what: str, lock: int) -> None:
     """Run pip with its output in the log, showing progress; its last lines only when it fails."""
     # .venv's own Python and settings of the caller (PYTHONPATH) must not meet.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
@@ -187,6 +191,7 @@ def run_pip(command: list[str], what: str) -> None:
                 text=True,
                 errors="replace",
                 env=environment,
+                pass_fds=(lock,),
             ) as process,
             progress,
         ):

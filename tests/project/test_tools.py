@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -145,7 +147,7 @@ def test_the_named_python_is_the_only_candidate(root, tmp_path):
 
 
 def test_the_python_that_made_a_virtual_environment_is_found_not_the_environments(root, tmp_path):
-    """An environment is first on the PATH while it is made again; what is left of it cannot do it."""
+    """.venv is first on the PATH while it is made again; what is left of it cannot make it."""
     made = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
     path = f"{made / 'bin'}:/usr/bin:/bin"
@@ -203,10 +205,33 @@ def test_pips_failure_shows_its_last_lines_and_leaves_the_state_unready(setup_ve
     setup_venv.BROKEN_OFF.touch()
     failing = "import sys; print('Collecting torch'); print('ERROR: no such thing'); sys.exit(3)"
     with pytest.raises(SystemExit) as stopped:
-        setup_venv.run_pip([sys.executable, "-c", failing], "two packages")
+        with setup_venv.one_at_a_time() as lock:
+            setup_venv.run_pip([sys.executable, "-c", failing], "two packages", lock)
     assert "pip ended with 3" in str(stopped.value)
     assert "ERROR: no such thing" in capfd.readouterr().err
     assert not setup_venv.is_ready("runtime")
+
+
+def test_a_pip_that_outlives_its_killed_parent_keeps_the_lock(root, tmp_path):
+    """The next setup must not remove .venv from under it."""
+    parent = (
+        "import os, setup_venv as s; from pathlib import Path\n"
+        f"s.LOCK = Path({str(tmp_path / 'lock')!r}); s.LOG = Path({str(tmp_path / 'log')!r})\n"
+        "with s.one_at_a_time() as lock:\n"
+        "    s.run_pip(['sh', '-c', 'kill -9 $PPID; sleep 30'], 'x', lock)\n"
+    )
+    folder = str(root / "tools")
+    started = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=folder, stdout=subprocess.DEVNULL, process_group=0
+    )
+    try:
+        assert started.wait() == -signal.SIGKILL
+        with (tmp_path / "lock").open("w") as handle, pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+    with (tmp_path / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def test_progress_says_what_pip_is_at(setup_venv):
