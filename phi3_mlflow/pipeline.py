@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 
-class Pipeline:
-    """Runs steps one after another as children of a parent run."""
+class Pipeline(AbstractContextManager["Pipeline"]):
+    """Runs steps one after another as children of a parent run.
+
+    What a step has made is kept from being pruned until the whole is done.
+    """
 
     def __init__(self, request: Request, parent_run_id: str) -> None:
         self._request = request
         self._parent = parent_run_id
         self._store = Store()
+        self._held = ExitStack()
         self._processes: BaseContext | None = None
         self.outcomes: list[Outcome] = []
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
 
     def run(self, step: Step, **given: str) -> Outcome:
         """Do a step, or find it done.
@@ -47,11 +55,15 @@ class Pipeline:
             ProjectError: what a step done in this process raises.
         """
         request = self._for_step(step, given)
-        planned = plan(step, request, self._store)
-        if step.light or hit(planned, self._store):
+        with self._store.settling():
+            planned = plan(step, request, self._store)
+            there = hit(planned, self._store)
+            self._held.enter_context(self._store.using([there]))
+        if step.light or there:
             outcome = carry_out(step, request, parent_run_id=self._parent)
         else:
             outcome = self._in_process(planned)
+        self._held.enter_context(self._store.using([outcome.entry]))
         self.outcomes.append(outcome)
         return outcome
 

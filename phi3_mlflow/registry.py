@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+LOGGED = "logged_model"  # the tag that says which logged model a version is
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
@@ -59,7 +60,7 @@ def client() -> MlflowClient:
 
 
 def register(model_uri: str, name: str, tags: Mapping[str, str], description: str) -> VersionName:
-    """Make a logged model a version of a registered model.
+    """Make a logged model a version of a registered model, unless it is one already.
 
     Args:
         model_uri: a logged model, `models:/m-...` or `runs:/...`.
@@ -70,8 +71,12 @@ def register(model_uri: str, name: str, tags: Mapping[str, str], description: st
     import mlflow
 
     versions = client()
+    # A run that was killed after this point has left its version: take that one up again.
+    there = versions.search_model_versions(f"name = '{name}' and tags.{LOGGED} = '{model_uri}'")
+    if there:
+        return VersionName(name, str(there[0].version))
     result = mlflow.register_model(
-        model_uri, name, tags={k: v[:_TAG_LIMIT] for k, v in tags.items()}
+        model_uri, name, tags={k: v[:_TAG_LIMIT] for k, v in tags.items()} | {LOGGED: model_uri}
     )
     made = VersionName(name, str(result.version))
     versions.update_model_version(name, made.version, description=description)

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ class Input:
     location: str
     digest: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    entry: Entry | None = None
 
     @property
     def path(self) -> Path:
@@ -53,6 +55,7 @@ class Work:
         out: the empty directory to fill with the output.
         run: the MLflow run of the step.
         store: the cache, for downloads.
+        key: the output's cache key, the same for the same work.
         metrics: figures to log and keep with the output.
     """
 
@@ -61,6 +64,7 @@ class Work:
     out: Path
     run: StepRun
     store: Store
+    key: str
     metrics: dict[str, float] = field(default_factory=dict)
 
     def record(self, content: Mapping[str, Any]) -> None:
@@ -181,8 +185,13 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
     from phi3_mlflow.tracking import step_run
 
     store = Store()
-    planned = plan(step, request, store)
-    with step_run(step.name, request, parent_run_id) as run, store.locked(step.name, planned.key):
+    store.sweep()
+    with ExitStack() as held:
+        with store.settling():
+            planned = plan(step, request, store)
+            held.enter_context(store.using(given.entry for given in planned.inputs.values()))
+        run = held.enter_context(step_run(step.name, request, parent_run_id))
+        held.enter_context(store.locked(step.name, planned.key))
         run.log_settings(planned.parts["settings"], planned.inputs)
         entry = hit(planned, store)
         was_there = entry is not None
@@ -208,9 +217,10 @@ def _do(planned: Plan, run: StepRun, store: Store) -> Entry:
         "time": time.time(),
     }
     with store.building(step.name, planned.key, origin) as out:
-        work = Work(planned.request, planned.inputs, out, run, store)
+        work = Work(planned.request, planned.inputs, out, run, store, planned.key)
         step.work(work)
         origin["metrics"] = dict(work.metrics)
+        origin["cost"] = run.cost()
     entry = store.find(step.name, planned.key)
     if entry is None:  # nobody else writes under this lock
         raise RuntimeError(f"{step.name}: the output that was just written is not whole")
@@ -272,7 +282,7 @@ def preceding_output(request: Request, store: Store, name: str, *steps: str) -> 
 
 def entry_input(entry: Entry) -> Input:
     """A cached output as the next step's input."""
-    return Input(str(entry.path), entry.manifest.digest)
+    return Input(str(entry.path), entry.manifest.digest, entry=entry)
 
 
 def figures(report: Any) -> dict[str, float]:

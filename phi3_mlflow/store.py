@@ -6,7 +6,7 @@
     ROOT/latest/PROFILE/STEP.json           what a step last left for a profile
     ROOT/building/STEP-KEY-*/               work in progress, never read by anyone else
     ROOT/downloads/                         partial downloads
-    ROOT/locks/
+    ROOT/locks/                             STEP-KEY.lock: who builds; STEP-KEY.use: who reads
 
 An output appears by one rename of its KEY directory, or not at all. Work in progress belongs to
 whoever holds the lock of its key, so what is found there under the lock is debris.
@@ -18,11 +18,11 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ class Entry:
     path: Path
     manifest: Manifest
     origin: Mapping[str, Any]
+
+    @property
+    def used_at(self) -> float:
+        """When it was last made or found whole, in seconds since the epoch."""
+        verified = self.path.parent / "verified.json"
+        return verified.stat().st_mtime if verified.exists() else float(self.origin["time"])
 
 
 class Store:
@@ -118,6 +124,68 @@ class Store:
             yield
 
     @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Keep `prune` out while outputs are being looked up and marked as used."""
+        with self._shared("prune"):
+            yield
+
+    @contextmanager
+    def using(self, entries: Iterable[Entry | None]) -> Iterator[None]:
+        """Keep `prune` from removing outputs that are being read; ends with the process at last."""
+        with ExitStack() as held:
+            for entry in filter(None, entries):
+                held.enter_context(self._shared(f"{entry.step}-{entry.key}.use"))
+            yield
+
+    def sweep(self) -> None:
+        """Remove the unfinished work of processes that are no more, whatever they were building."""
+        from filelock import FileLock, Timeout
+
+        for debris in (self.root / "building").glob("*-*-*"):
+            step, key, _ = debris.name.rsplit("-", 2)
+            lock = FileLock(str(self.root / "locks" / f"{step}-{key}.lock"), timeout=0)
+            with suppress(Timeout), lock:
+                shutil.rmtree(debris, ignore_errors=True)
+
+    def entries(self) -> list[Entry]:
+        """Every output in the cache, the oldest first; what is damaged is left out."""
+        found = []
+        for place in (self.root / "outputs").glob("*/*"):
+            try:
+                found.append(self._read(place.parent.name, place.name))
+            except (UserError, OSError, ValueError):
+                continue
+        return sorted(found, key=lambda entry: entry.used_at)
+
+    def damage(self, entry: Entry) -> list[str]:
+        """What differs from an output's manifest, every file read."""
+        return entry.manifest.differences(entry.path)
+
+    def remove(self, entry: Entry) -> bool:
+        """Remove an output unless somebody builds or reads it; says whether it was removed."""
+        from filelock import FileLock, Timeout
+
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                FileLock(str(locks / f"{entry.step}-{entry.key}.lock"), timeout=0),
+                _flock(locks / "prune", exclusive=True, wait=True),
+                _flock(locks / f"{entry.step}-{entry.key}.use", exclusive=True, wait=False),
+            ):
+                shutil.rmtree(self._place(entry.step, entry.key))
+                return True
+        except (Timeout, BlockingIOError):
+            return False
+
+    @contextmanager
+    def _shared(self, name: str) -> Iterator[None]:
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with _flock(locks / name, exclusive=False, wait=True):
+            yield
+
+    @contextmanager
     def building(self, step: str, key: str, origin: dict[str, Any]) -> Iterator[Path]:
         """Make an output: fill the directory that is yielded; it appears when the block ends.
 
@@ -132,7 +200,9 @@ class Store:
         """
         nursery = self.root / "building"
         nursery.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{step}-{key}-", dir=nursery))
+        # No hyphen may be in the random part: `sweep` takes the name apart.
+        work = nursery / f"{step}-{key}-{secrets.token_hex(6)}"
+        work.mkdir()
         try:
             output = work / "output"
             output.mkdir()
@@ -192,8 +262,8 @@ class Store:
             known = None
         untouched = known == stamps
         problems = manifest.differences(output, hashes=not untouched)
-        if not problems and not untouched:
-            _write_json(place / "verified.json", stamps)
+        if not problems:
+            _write_json(place / "verified.json", stamps)  # also tells `prune` that it is in use
         return problems
 
 
@@ -206,6 +276,21 @@ def _stamps(output: Path) -> dict[str, list[int]]:
         # A rename of the directory above leaves all of these as they are.
         stamps[path] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     return stamps
+
+
+@contextmanager
+def _flock(file: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
+    """Hold the system's lock on a file; it is gone when the process is, however that ends.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and `wait` is False.
+    """
+    import fcntl
+
+    mode = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+    with file.open("a") as stream:
+        fcntl.flock(stream, mode)
+        yield
 
 
 def _write_json(file: Path, content: Any) -> None:

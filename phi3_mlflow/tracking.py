@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,10 @@ class StepRun:
             "peak_rss_mb": round(figures["peak_rss_bytes"] / 1e6),
         }
 
+    def cost(self) -> dict[str, float]:
+        """What the step has cost so far, as `ResourceMeter.figures` has it."""
+        return self._meter.figures()
+
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         """Log figures to this run."""
         import mlflow
@@ -116,7 +121,15 @@ def step_run(step: str, request: Request, parent_run_id: str | None) -> Iterator
     import mlflow
 
     with _open_run(step, parent_run_id) as run:
-        mlflow.set_tags({"step": step, "profile": request.profile.name, "git_commit": git_commit()})
+        close_dead_runs(run.info.experiment_id)
+        mlflow.set_tags(
+            {
+                "step": step,
+                "profile": request.profile.name,
+                "git_commit": git_commit(),
+                **_owner(),
+            }
+        )
         try:
             yield StepRun(run, mlflow.get_tracking_uri())
         except ProjectError as error:
@@ -151,6 +164,53 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def close_dead_runs(experiment_id: str) -> list[str]:
+    """Close the runs, still RUNNING, of processes of this machine that are no more, as KILLED.
+
+    Returns:
+        The ids of the runs that were closed.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    host = socket.gethostname().replace("'", "")
+    running = client.search_runs(
+        [experiment_id], f"attributes.status = 'RUNNING' and tags.owner_host = '{host}'"
+    )
+    dead = [run.info.run_id for run in running if not _alive(run.data.tags)]
+    for run_id in dead:
+        client.set_tag(run_id, "error", "the process that did the work ended without a word")
+        client.set_terminated(run_id, "KILLED")
+    return dead
+
+
+def _owner() -> dict[str, str]:
+    """Tags that tell later whether the process of a run still exists."""
+    import psutil
+
+    return {
+        "owner_host": socket.gethostname(),
+        "owner_pid": str(os.getpid()),
+        "owner_started": str(psutil.Process().create_time()),
+    }
+
+
+def _alive(tags: Mapping[str, str]) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(int(tags["owner_pid"]))
+        return (
+            process.status() != psutil.STATUS_ZOMBIE
+            # The number may have gone to another process since.
+            and abs(process.create_time() - float(tags["owner_started"])) < 1
+        )
+    except psutil.NoSuchProcess:
+        return False
+    except (KeyError, ValueError, psutil.Error):
+        return True  # not known to be dead
 
 
 def tracking_uri() -> str:

@@ -64,12 +64,33 @@ def work(work: Work) -> None:
     for flavor in flavors(work.request):
         directory = work.inputs["onnx" if flavor == "onnx" else "checkpoint"].path
         tags = version_tags(flavor, directory)
-        log = log_onnx_model if flavor == "onnx" else log_transformers_model
-        info = log(work, directory, tags)
-        models.append(
-            {"flavor": flavor, "model_id": info.model_id, "model_uri": info.model_uri, "tags": tags}
-        )
+        model_id = find_logged(work, flavor)
+        if model_id is None:
+            log = log_onnx_model if flavor == "onnx" else log_transformers_model
+            model_id = log(work, directory, tags | {"step_key": work.key}).model_id
+        uri = f"models:/{model_id}"
+        models.append({"flavor": flavor, "model_id": model_id, "model_uri": uri, "tags": tags})
     work.record({"models": models})
+
+
+def find_logged(work: Work, flavor: str) -> str | None:
+    """The model that an earlier run logged before it was killed, when it is whole.
+
+    A model that was left unfinished is deleted: nobody else works under this key.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    found = None
+    for model in client.search_logged_models(
+        [work.run.experiment_id],
+        f"tags.step_key = '{work.key}' and tags.flavor = '{flavor}'",
+    ):
+        if str(model.status) != "READY":
+            client.delete_logged_model(model.model_id)
+        elif not work.request.flag("force") and not _trouble(model.model_id):
+            found = str(model.model_id)
+    return found
 
 
 def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
@@ -121,28 +142,28 @@ def version_tags(flavor: str, directory: Path) -> dict[str, str]:
 
 
 def still_there(entry: Entry) -> str | None:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
     from phi3_mlflow.tracking import connect
 
     connect()
-    for model in read_record(entry)["models"]:
-        try:
-            found = mlflow.get_logged_model(model["model_id"])
-        except MlflowException:
-            return f"the logged model {model['model_id']} is no longer in MLflow"
-        if str(found.status) != "READY":
-            return f"the logged model {model['model_id']} is {found.status}"
-        if not any(f.path.endswith("MLmodel") for f in _artifacts(model["model_id"])):
-            return f"the files of the logged model {model['model_id']} are gone"
-    return None
+    troubles = (_trouble(model["model_id"]) for model in read_record(entry)["models"])
+    return next(filter(None, troubles), None)
 
 
-def _artifacts(model_id: str) -> list[Any]:
+def _trouble(model_id: str) -> str | None:
+    """What is wrong with a logged model, if anything is."""
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    return list(MlflowClient().list_logged_model_artifacts(model_id))
+    client = MlflowClient()
+    try:
+        found = client.get_logged_model(model_id)
+    except MlflowException:
+        return f"the logged model {model_id} is no longer in MLflow"
+    if str(found.status) != "READY":
+        return f"the logged model {model_id} is {found.status}"
+    if not any(f.path.endswith("MLmodel") for f in client.list_logged_model_artifacts(model_id)):
+        return f"the files of the logged model {model_id} are gone"
+    return None
 
 
 STEP = Step(

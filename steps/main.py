@@ -47,10 +47,10 @@ def main(request: Request) -> None:
         request = Request(request.profile, {**request.values, "force": "all"})
     with step_run("main", request, None) as run:
         run.log_settings(request.profile.model_dump(mode="json"), {})
-        pipeline = Pipeline(request, run.run_id)
-        result = sequence(pipeline, request)
-        run.log_headline(evaluate.headline_metrics(result.record))
-        report(request, pipeline, result)
+        with Pipeline(request, run.run_id) as pipeline:
+            result = sequence(pipeline, request)
+            run.log_headline(evaluate.headline_metrics(result.record))
+            report(request, pipeline, result)
     done = sum(not outcome.hit for outcome in pipeline.outcomes)
     print(
         summary_line(

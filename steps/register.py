@@ -69,7 +69,7 @@ def work(work: Work) -> None:
     profile = work.request.profile
     versions = []
     for model in work.inputs["model_uri"].facts["models"]:
-        tags = {**model["tags"], "profile": profile.name, "logged_model": model["model_uri"]}
+        tags = {**model["tags"], "profile": profile.name}
         made = registry.register(
             model["model_uri"], profile.registered_model, tags, model_card(profile, tags)
         )

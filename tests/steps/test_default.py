@@ -1,0 +1,79 @@
+"""The main job on the embedded default, through `mlflow run`, as the README has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi3_mlflow.quantization.settings import QuantizationSettings
+from tests.conftest import ROOT, Workspace
+
+pytestmark = pytest.mark.slow
+
+ASK = """
+import json, sys, mlflow
+assert not any("phi3_mlflow" in name for name in sys.modules)
+model = mlflow.pyfunc.load_model("models:/smollm2-135m@champion")
+request = {"messages": [{"role": "user", "content": "What is the capital of France?"}],
+           "max_tokens": 32, "temperature": 0}
+print(json.dumps([model.predict(request), model.predict(request)]))
+"""
+
+
+def test_the_champion_answers_in_a_process_that_knows_nothing_of_the_project(
+    default_run: tuple[Workspace, str], tmp_path: Path
+) -> None:
+    place, _ = default_run
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    done = place.run("env", "-u", "PYTHONPATH", "python", str(script), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer, again = json.loads(done.stdout.splitlines()[-1])
+    choice = answer["choices"][0]
+    assert "Paris" in choice["message"]["content"]
+    assert choice["message"]["content"] == again["choices"][0]["message"]["content"]
+    assert choice["finish_reason"] in ("stop", "length")
+    assert answer["usage"]["completion_tokens"] <= 32
+    assert (
+        answer["usage"]["total_tokens"]
+        == answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"]
+    )
+
+
+def test_what_was_measured_is_what_int4_can_do(default_run: tuple[Workspace, str]) -> None:
+    from phi3_mlflow.store import Store
+
+    place, output = default_run
+    evaluated = next((Store(place.cache).root / "outputs/evaluate").glob("*/output/*/metrics.json"))
+    metrics = json.loads(evaluated.read_text())
+    assert 0 < metrics["kl_mean"] < 0.3
+    assert metrics["top1_agreement"] > 0.7
+    assert 1 < metrics["perplexity_reference"] < metrics["perplexity"]
+    assert metrics["accuracy"] > 0.2
+    assert metrics["peak_memory_bytes"] > metrics["size_bytes"] > 50e6
+    for words in ("champion     version 1", "What is the capital of France?", "Paris", "mlflow ui"):
+        assert words in output, words
+    assert "Traceback" not in output
+
+
+def test_what_was_built_is_what_the_profile_asks_for(real_onnx: Path) -> None:
+    from phi3_mlflow.genai.check import check_export
+
+    report = check_export(real_onnx, QuantizationSettings(algorithm="k_quant_mixed"))
+    assert report.int4_nodes > report.int8_nodes > 0
+    assert report.float_matmuls == 0
+    assert tuple(report.accuracy_levels) == (4,)
+
+
+def test_an_unknown_profile_fails_the_run_with_the_message(
+    default_run: tuple[Workspace, str],
+) -> None:
+    done = default_run[0].run(
+        "mlflow", "run", str(ROOT), "-e", "fetch", "-P", "profile=nonsense",
+        "--env-manager", "local",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "there is no profile 'nonsense'" in done.stderr
+    assert "phi-3-mini-4k, smollm2-135m" in done.stderr
