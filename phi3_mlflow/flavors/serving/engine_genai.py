@@ -12,6 +12,7 @@ import numpy as np
 
 from .engine import Settings
 from .request import RequestError
+from .vocabulary import Vocabulary
 
 # onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -56,6 +57,7 @@ class GenaiEngine:
         )
         self._model = og.Model(_config(og, folder, settings))
         self._tokenizer = og.Tokenizer(self._model)
+        self._vocabulary = Vocabulary(folder)
         ends = about["eos_token_id"]
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._bos = about.get("bos_token_id")
@@ -77,8 +79,7 @@ class GenaiEngine:
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def decoder(self) -> Callable[[int], str]:
-        stream = self._tokenizer.create_stream()
-        return lambda token: str(stream.decode(token))
+        return self._vocabulary.decoder()
 
     def open(self, capacity: int) -> GenaiSession:
         params = self._og.GeneratorParams(self._model)

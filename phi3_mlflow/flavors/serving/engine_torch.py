@@ -10,6 +10,7 @@ import numpy as np
 
 from .engine import Settings
 from .request import RequestError
+from .vocabulary import Vocabulary
 
 
 class TorchEngine:
@@ -41,6 +42,7 @@ class TorchEngine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self._vocabulary = Vocabulary(tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -82,7 +84,7 @@ class TorchEngine:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def decoder(self) -> Callable[[int], str]:
-        return _Decoder(self._tokenizer)
+        return self._vocabulary.decoder()
 
     def open(self, capacity: int) -> TorchSession:
         return TorchSession(self._model, capacity, self.rope_switch)
@@ -133,32 +135,6 @@ class TorchSession:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config)
-
-
-class _Decoder:
-    """Text of one answer, token by token; characters of several tokens come with the last one."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # of the tokens that give the next ones their context
-        self._shown = 0  # tokens whose text was given out
-
-    def __call__(self, token: int) -> str:
-        self._ids.append(token)
-        before = self._text(self._ids[self._start : self._shown])
-        text = self._text(self._ids[self._start :])
-        if len(text) <= len(before) or text.endswith("�"):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
 
 
 def _rope_switch(config: Any) -> int:
