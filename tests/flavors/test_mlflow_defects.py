@@ -6,6 +6,7 @@ and docs/chat-contract.md says what to simplify.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,17 +94,18 @@ def test_the_first_token_is_not_doubled(twice_bos: Path, request: pytest.Fixture
     assert ours.predict(messages)["usage"]["prompt_tokens"] == 5
 
 
-def test_an_answer_cut_by_its_length_says_so(
-    plain: PyFuncModel, transformers_model: PyFuncModel
-) -> None:
-    cut = {**SPAIN, "max_tokens": 3}
-    assert plain.predict(cut)[0]["choices"][0]["finish_reason"] in ("stop", "length")
-    assert transformers_model.predict(cut)["choices"][0]["finish_reason"] == "length"
-    # Without max_tokens in the request the wrapper has no limit to compare with.
-    unlimited = mlflow.pyfunc.load_model(plain.metadata.model_uuid and _uri(plain))
-    answer = unlimited.predict(SPAIN)[0]
+def test_an_answer_cut_by_its_length_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    """MLflow knows of a length only when the request names it, not of the model's own limit."""
+    from phi3_mlflow.flavors.transformers import log_transformers
+
+    limited = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, limited)
+    file = limited / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_new_tokens": 3}))
+    (answer,) = mlflow.pyfunc.load_model(_log(limited).model_uri).predict(SPAIN)
+    assert answer["usage"]["completion_tokens"] == 3
     assert answer["choices"][0]["finish_reason"] == "stop"
-
-
-def _uri(model: PyFuncModel) -> str:
-    return f"models:/{model.model_id}"
+    info = log_transformers(limited, name="tiny", dtype="float32", model_config={"max_tokens": 3})
+    ours = mlflow.pyfunc.load_model(info.model_uri).predict(SPAIN)
+    assert ours["usage"]["completion_tokens"] == 3
+    assert ours["choices"][0]["finish_reason"] == "length"

@@ -34,6 +34,8 @@ def _served(info: Any, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model]
     command += ["-p", str(port), "--env-manager", "local"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # An activated environment: MLflow starts uvicorn by its name.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -49,7 +51,8 @@ def _served(info: Any, folder: Path) -> Iterator[str]:
                     time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/invocations"
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
 
 
