@@ -128,14 +128,17 @@ def expected_nodes(settings: QuantizationSettings, layers: int) -> dict[str, dic
         for part, projection in parts.items():
             bits = 8 if layer in in_int8 and projection in projections else 4
             name = f"/model/layers.{layer}/{part}/MatMulNBits"
-            nodes[name] = _wanted(settings, bits)
-    nodes["/lm_head/MatMulNBits"] = _wanted(settings, settings.head_bits())
+            nodes[name] = _wanted(settings, projection, bits)
+    nodes["/lm_head/MatMulNBits"] = _wanted(settings, "lm_head", settings.head_bits())
     return nodes
 
 
-def _wanted(settings: QuantizationSettings, bits: int) -> dict[str, int]:
-    size = settings.block_size if bits == 4 else settings.int8_block_size or settings.block_size
-    return {"bits": bits, "block_size": size, "accuracy_level": settings.accuracy_level}
+def _wanted(settings: QuantizationSettings, matrix: str, bits: int) -> dict[str, int]:
+    return {
+        "bits": bits,
+        "block_size": settings.block_size_of(matrix, bits),
+        "accuracy_level": settings.accuracy_level,
+    }
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:

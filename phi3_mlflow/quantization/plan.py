@@ -198,26 +198,21 @@ def _linear(
         raise CheckpointRefused(f"{reader.directory}: {source} has shape {shape}, not (N, K)")
     # int8 steps are so fine that a zero point gains nothing; without one the file is smaller.
     symmetric = settings.is_symmetric() or bits == 8
-    block_size = settings.block_size if bits == 4 else settings.int8_block_size
-    return LinearPlan(
-        name, source, shape[0], shape[1], bits, block_size or settings.block_size, symmetric, layer
-    )
+    block_size = settings.block_size_of(name.rsplit(".", 1)[-1], bits)
+    return LinearPlan(name, source, shape[0], shape[1], bits, block_size, symmetric, layer)
 
 
 def _misfits(
     linears: Mapping[str, LinearPlan], settings: QuantizationSettings, layers: int
 ) -> list[str]:
-    problems = {}
+    problems: dict[tuple[str, int], str] = {}
     for plan in linears.values():
-        key = "block_size" if plan.bits == 4 or settings.int8_block_size is None else (
-            "int8_block_size"
-        )  # fmt: skip
         if plan.columns % plan.block_size:
             allowed = [size for size in BLOCK_SIZES if plan.columns % size == 0]
             kind = plan.name.rsplit(".", 1)[-1]
-            problems[key, plan.columns] = (
-                f"{key} {plan.block_size} does not divide the {plan.columns} columns of {kind}; "
-                f"allowed: {', '.join(map(str, allowed)) or 'none'}"
+            problems[kind, plan.columns] = (
+                f"block_size {plan.block_size} does not divide the {plan.columns} columns of "
+                f"{kind}; allowed: {', '.join(map(str, allowed)) or 'none'}"
             )
         if plan.rows % 8:
             problems["rows", plan.rows] = (

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from phi3_mlflow.quantization.rounding import Rounded
 
-# Weights that are rounded at a time: their float32 copies and the search's scratch stay small.
-CHUNK_WEIGHTS = 2_000_000
+# Weights that are rounded at a time. A megabyte of float32 stays in the processor's cache through
+# the search's many passes, which makes it more than twice as fast as chunks that do not fit.
+CHUNK_WEIGHTS = 262_144
 
 # What else of a checkpoint belongs to the model; anything not named here stays behind.
 COMPANIONS = (

@@ -12,6 +12,7 @@ PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 Algorithm = Literal["rtn", "k_quant", "k_quant_mixed", "gptq"]
 Projection = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+Matrix = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
 BlockSize = Literal[16, 32, 64, 128, 256]
 
 
@@ -32,6 +33,7 @@ class QuantizationSettings(BaseModel):
         mixed_layers: the layers where `int8_projections` applies. `some`: llama.cpp's rule, the
             first and last eighth and every third between; `all`; or layer numbers.
         int8_block_size: block size of int8 matrices; None takes `block_size`.
+        block_sizes: block sizes of single matrices, over the two above.
         head: precision of the output head; `auto` is int8 when anything else is int8.
         embedding: `shared` uses the quantized head of a tied model also as its embedding, `fp32`
             keeps a float embedding, `int4` and `int8` quantize it by itself; `auto` is `shared`
@@ -41,6 +43,9 @@ class QuantizationSettings(BaseModel):
         calibration_tokens: how many tokens of it are used.
         calibration_length: tokens in one calibration sequence.
         damping: share of the mean diagonal added to the second moments (`gptq`).
+        drift_correction: with `gptq`, the share of the drift between the quantized and the full
+            model's states that every matrix is adapted to make good; 0 carries no second set of
+            states and takes half the time.
         backend: who runs `gptq`: `streaming` is this project's, a layer in memory at a time;
             `optimum` is optimum.gptq, which holds the whole model and needs gptqmodel.
     """
@@ -53,6 +58,7 @@ class QuantizationSettings(BaseModel):
     int8_projections: tuple[Projection, ...] | None = None
     mixed_layers: Literal["some", "all"] | tuple[int, ...] = "some"
     int8_block_size: BlockSize | None = None
+    block_sizes: dict[Matrix, BlockSize] = Field(default_factory=dict)
     head: Literal["auto", "int4", "int8"] = "auto"
     embedding: Literal["auto", "shared", "fp32", "int4", "int8"] = "auto"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
@@ -60,6 +66,7 @@ class QuantizationSettings(BaseModel):
     calibration_tokens: int = Field(default=16384, ge=256, le=1_048_576)
     calibration_length: int = Field(default=512, ge=32, le=8192)
     damping: float = Field(default=0.01, gt=0, lt=1)
+    drift_correction: float = Field(default=0.0, ge=0, le=1)
     backend: Literal["streaming", "optimum"] = "streaming"
 
     @model_validator(mode="after")
@@ -119,6 +126,13 @@ class QuantizationSettings(BaseModel):
                 if i < eighth or i >= 7 * eighth or (i - round(eighth)) % 3 == 2
             )
         return frozenset(self.mixed_layers)
+
+    def block_size_of(self, matrix: str, bits: int) -> int:
+        """Block size of a matrix (`qkv_proj` ... `lm_head`) of so many bits."""
+        general = self.int8_block_size or self.block_size if bits == 8 else self.block_size
+        return {str(name): int(size) for name, size in self.block_sizes.items()}.get(
+            matrix, general
+        )
 
     def head_bits(self) -> int:
         """Bits of the output head's weights, 4 or 8."""

@@ -117,9 +117,7 @@ def test_progress_adds_up_to_the_input(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_block_size_that_does_not_divide_is_refused(tiny: Path, tmp_path: Path) -> None:
     settings = QuantizationSettings(algorithm="rtn", block_size=64)
-    with pytest.raises(
-        UserError, match="block_size 64 does not divide the 96 columns of down_proj"
-    ):
+    with pytest.raises(UserError, match="block_size 64 does not divide the 96 columns"):
         quantize_checkpoint(tiny, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,111 @@
+"""Texts to calibrate with, as token sequences of one length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.errors import UserError
+from phi3_mlflow.quantization.settings import QuantizationSettings
+
+if TYPE_CHECKING:
+    import torch
+
+
+Conversation = list[dict[str, str]]
+
+
+def calibration_texts(file: Path) -> list[str | Conversation]:
+    """The texts of a calibration file.
+
+    Args:
+        file: `*.jsonl`: a JSON object a line with the key `text` or, for a conversation, `messages`
+            (objects with `role` and `content`); anything else is plain text, one text.
+
+    Raises:
+        UserError: the file is not there, is no text, or a line of it is not as it should be.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"calibration: {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"calibration: {file} is no UTF-8 text") from error
+    if file.suffix != ".jsonl":
+        return [content]
+    lines = enumerate(content.splitlines(), 1)
+    return [_entry(file, number, line) for number, line in lines if line.strip()]
+
+
+def _entry(file: Path, number: int, line: str) -> str | Conversation:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        messages = row.get("messages")
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return [{"role": m["role"], "content": m["content"]} for m in messages]
+    raise UserError(
+        f'calibration: {file}, line {number}: expected {{"text": "..."}} or {{"messages": '
+        f'[{{"role": "...", "content": "..."}}]}}, found {line[:60]!r}'
+    )
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
+
+
+def calibration_sequences(checkpoint: Path, settings: QuantizationSettings) -> torch.Tensor:
+    """Token ids of the calibration texts, cut into sequences.
+
+    Conversations are written out by the checkpoint's chat template. The texts are joined by the
+    end-of-sequence token and cut, so no token is padding.
+
+    Args:
+        checkpoint: a directory with `tokenizer.json`.
+        settings: with `calibration`, `calibration_tokens` and `calibration_length`.
+
+    Returns:
+        int64 (sequences, calibration_length).
+
+    Raises:
+        UserError: no usable file, no tokenizer, or too little text for one sequence.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    if settings.calibration is None:
+        raise UserError("calibration: no file is given")
+    texts = calibration_texts(settings.calibration)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"calibration needs the tokenizer of {checkpoint}: {error}") from error
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    length = settings.calibration_length
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= settings.calibration_tokens:
+            break
+        if not isinstance(text, str):
+            text = _written_out(tokenizer, text)
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+    count = min(len(tokens), settings.calibration_tokens) // length
+    if count == 0:
+        raise UserError(
+            f"calibration: {settings.calibration} has {len(tokens):,} tokens, fewer than one "
+            f"sequence of calibration_length {length:,}"
+        )
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).reshape(count, length)
+
+
+def _written_out(tokenizer: Any, messages: Conversation) -> str:
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(message["content"] for message in messages)

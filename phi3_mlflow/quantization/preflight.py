@@ -1,0 +1,174 @@
+"""Say before a long job starts whether the machine has the memory and the disk for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
+from phi3_mlflow.errors import EnvironmentProblem, problem_list
+from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
+from phi3_mlflow.quantization.settings import QuantizationSettings
+
+# Resident size of Python with torch, transformers, onnx and the builder loaded, measured.
+_LIBRARIES = 650_000_000
+# Copies of a tensor that are alive at once when it is written: as stored, converted, laid out.
+_COPIES = 2
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job needs, in bytes.
+
+    Attributes:
+        memory: resident, at the highest point of quantize and export.
+        disk: for the int4 checkpoint and the ONNX directory together.
+    """
+
+    memory: int
+    disk: int
+
+
+def needs(checkpoint: Path, settings: QuantizationSettings) -> Needs:
+    """What quantizing and exporting a checkpoint needs.
+
+    Args:
+        checkpoint: a float Phi-3 checkpoint; only its config and headers are read.
+        settings: the choices.
+
+    Raises:
+        CheckpointRefused: the checkpoint is no float Phi-3.
+        UserError: the settings do not fit it.
+    """
+    config = read_config(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    plan = make_plan(config, reader, settings)
+    written = sum(tensor.nbytes for tensor in plan.announced().values())
+    onnx = sum(_onnx_bytes(step, plan) for step in plan.steps)
+    memory = _LIBRARIES + _COPIES * max(_onnx_bytes(step, plan) for step in plan.steps)
+    if settings.algorithm == "gptq":
+        memory = max(memory, _LIBRARIES + _calibration_bytes(reader, plan, settings))
+    if settings.backend == "optimum":
+        weights = sum(step.rows * step.columns for step in plan.linears())
+        memory = max(memory, _LIBRARIES + 5 * weights)
+    return Needs(memory=memory, disk=written + onnx + 32_000_000)
+
+
+def preflight(
+    checkpoint: Path,
+    settings: QuantizationSettings,
+    out_dir: Path,
+    *,
+    memory_available: int | None = None,
+    disk_available: int | None = None,
+) -> Needs:
+    """Compare what a job needs with what the machine has.
+
+    Args:
+        checkpoint: a float Phi-3 checkpoint.
+        settings: the choices.
+        out_dir: where the outputs will be written; need not exist yet.
+        memory_available, disk_available: bytes; None asks the machine.
+
+    Returns:
+        What the job needs.
+
+    Raises:
+        EnvironmentProblem: there is too little; the message says how much and what to do.
+        CheckpointRefused: the checkpoint is no float Phi-3.
+        UserError: the settings do not fit it.
+    """
+    needed = needs(checkpoint, settings)
+    memory = available_memory() if memory_available is None else memory_available
+    disk = _available_disk(out_dir) if disk_available is None else disk_available
+    problems, ways = [], []
+    if memory is not None and memory < needed.memory:
+        problems.append(f"memory: {_gib(needed.memory)} needed, {_gib(memory)} available")
+        ways.append(
+            "fewer calibration_tokens, or algorithm k_quant_mixed, needs less memory"
+            if settings.algorithm == "gptq"
+            else "close other programs, or run on a machine with more memory"
+        )
+    if disk < needed.disk:
+        problems.append(
+            f"disk at {out_dir}: {_gib(needed.disk)} needed (int4 checkpoint and ONNX directory), "
+            f"{_gib(disk)} free"
+        )
+        ways.append("free some space, or put PHI3_MLFLOW_CACHE on another disk")
+    if problems:
+        raise EnvironmentProblem(
+            problem_list(
+                f"{checkpoint} cannot be quantized on this machine as it is",
+                problems,
+                "What helps: " + "; ".join(ways) + ".",
+            )
+        )
+    return needed
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can still take, by the system and by the control group if it limits."""
+    found = [value for value in (_system_memory(), _group_memory()) if value is not None]
+    return min(found) if found else None
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
+    return sizes.get("MemAvailable", sizes.get("MemFree"))
+
+
+def _group_memory() -> int | None:
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)
+
+
+def _available_disk(directory: Path) -> int:
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _onnx_bytes(step: LinearPlan | CopyPlan, plan: Plan) -> int:
+    """The size of what a step becomes in the ONNX file."""
+    if isinstance(step, LinearPlan):
+        weights = step.rows * step.columns * step.bits // 8
+        scales = step.rows * step.blocks * 4
+        return weights + scales + (0 if step.symmetric else step.rows * step.blocks)
+    count = 1
+    for size in step.tensor.shape:
+        count *= size
+    if step.name == "model.embed_tokens.weight" and plan.embedding_bits:
+        return 0 if plan.shared_embedding else count
+    return count * 4
+
+
+def _calibration_bytes(reader: CheckpointReader, plan: Plan, settings: QuantizationSettings) -> int:
+    """A layer in float32 and its codes, second moments with scratch, and the texts' activations."""
+    layer = [step for step in plan.linears() if step.layer == 0]
+    weights = sum(step.rows * step.columns for step in layer)
+    widest = max(step.columns for step in layer)
+    hidden = layer[0].columns
+    activations = settings.calibration_tokens * (3 * hidden + widest) * 4
+    embedding = reader.entry("model.embed_tokens.weight").nbytes
+    return 5 * weights + 4 * max(s.rows * s.columns for s in layer) * 2 + (
+        4 * widest * widest * 4 + activations + embedding
+    )  # fmt: skip
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB"
