@@ -14,7 +14,8 @@ from typing import Any
 
 from phi3_mlflow.console import Progress
 from phi3_mlflow.errors import EnvironmentProblem
-from phi3_mlflow.evaluation.datasets import Question, check_answer
+from phi3_mlflow.evaluation.checks import check_answer
+from phi3_mlflow.evaluation.rows import Question
 
 _BATCH = 4
 

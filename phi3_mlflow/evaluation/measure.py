@@ -10,10 +10,10 @@ from typing import Any
 
 from phi3_mlflow import console
 from phi3_mlflow.evaluation.answers import Answers, ask
-from phi3_mlflow.evaluation.datasets import HeldoutText, Question
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
 from phi3_mlflow.evaluation.gate import Verdict, judge
 from phi3_mlflow.evaluation.logits import find_model, open_logits
+from phi3_mlflow.evaluation.rows import HeldoutText, Question
 from phi3_mlflow.profiles import Bound
 
 SAMPLE = Question.model_validate(

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from phi3_mlflow.errors import UserError
+from phi3_mlflow.evaluation import checks, needles
 from phi3_mlflow.evaluation import datasets as ds
+from phi3_mlflow.evaluation.rows import CalibrationText, Needle, Question
 
 QUESTIONS = ds.load_questions()
 HELDOUT = ds.load_heldout()
 CALIBRATION = ds.load_calibration()
 NEEDLES = ds.load_needles()
-CHECK: TypeAdapter[Any] = TypeAdapter(ds.Check)
+CHECK: TypeAdapter[Any] = TypeAdapter(checks.Check)
 
 GOOD = {
     "id": "a",
@@ -45,11 +47,11 @@ def write_jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def prompt(question: ds.Question) -> str:
+def prompt(question: Question) -> str:
     return question.messages[-1].content
 
 
-def calibration_text(row: ds.CalibrationText) -> str:
+def calibration_text(row: CalibrationText) -> str:
     return row.text or "\n".join(message.content for message in row.messages or ())
 
 
@@ -169,7 +171,7 @@ def test_arithmetic_keys_are_recomputed() -> None:
     for question in QUESTIONS:
         if question.category != "arithmetic":
             continue
-        assert isinstance(question.check, ds.NumericCheck)
+        assert isinstance(question.check, checks.NumericCheck)
         if direct := re.fullmatch(
             r"What is (.+)\? Answer with the number only\.", prompt(question)
         ):
@@ -212,23 +214,25 @@ def test_transformation_keys_are_recomputed() -> None:
         for pattern, solve in TASKS.items():
             if question.category == "transformation" and (m := re.match(pattern, prompt(question))):
                 done[pattern] += 1
-                assert ds.check_answer(question.check, solve(m[1])), question.id
-                assert not ds.check_answer(question.check, m[1]), f"{question.id}: echo is enough"
+                assert checks.check_answer(question.check, solve(m[1])), question.id
+                assert not checks.check_answer(question.check, m[1]), (
+                    f"{question.id}: echo is enough"
+                )
     assert done.keys() == TASKS.keys()
 
 
 def test_extraction_answers_stand_in_the_passage_or_are_computed() -> None:
     for question in QUESTIONS:
-        if question.category == "extraction" and isinstance(question.check, ds.ExactCheck):
-            passage = ds.normalize(prompt(question))
+        if question.category == "extraction" and isinstance(question.check, checks.ExactCheck):
+            passage = checks.normalize(prompt(question))
             known = {"one", "1"}  # the notice period, which has to be worked out
-            wanted = {ds.normalize(v) for v in (question.check.value, *question.check.aliases)}
+            wanted = {checks.normalize(v) for v in (question.check.value, *question.check.aliases)}
             assert any(f" {w} " in f" {passage} " for w in wanted) or wanted & known, question.id
 
 
 @pytest.mark.parametrize("answer", ["", " ", "I do not know.", "Sorry, I cannot help with that."])
 def test_no_shipped_check_passes_an_answer_that_says_nothing(answer: str) -> None:
-    passed = [row.id for row in [*QUESTIONS, *NEEDLES] if ds.check_answer(row.check, answer)]
+    passed = [row.id for row in [*QUESTIONS, *NEEDLES] if checks.check_answer(row.check, answer)]
     assert passed == []
 
 
@@ -238,14 +242,14 @@ def test_repeating_the_question_is_no_answer() -> None:
             text = prompt(question)
             if (question.category, text) != ("multi_turn", "ping"):
                 sums = re.sub(r"What is (.+)\? Answer.*", r"\1", text)
-                assert not ds.check_answer(question.check, text), question.id
-                assert not ds.check_answer(question.check, sums), question.id
+                assert not checks.check_answer(question.check, text), question.id
+                assert not checks.check_answer(question.check, sums), question.id
 
 
 def test_labels_of_a_classification_exclude_each_other() -> None:
     for question in QUESTIONS:
         if "positive or negative" in prompt(question):
-            assert not ds.check_answer(question.check, "positive or negative"), question.id
+            assert not checks.check_answer(question.check, "positive or negative"), question.id
 
 
 # --- checking answers -------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def test_labels_of_a_classification_exclude_each_other() -> None:
     ],
 )
 def test_check_answer(fields: dict[str, Any], answer: str, right: bool) -> None:
-    assert ds.check_answer(check(**fields), answer) is right
+    assert checks.check_answer(check(**fields), answer) is right
 
 
 CHECKS = [
@@ -327,45 +331,45 @@ HOSTILE = [
 
 @pytest.mark.parametrize("index", range(len(HOSTILE)))
 def test_hostile_answers_are_wrong_and_do_not_raise(index: int) -> None:
-    assert [ds.check_answer(c, HOSTILE[index]) for c in CHECKS] == [False] * len(CHECKS)
+    assert [checks.check_answer(c, HOSTILE[index]) for c in CHECKS] == [False] * len(CHECKS)
 
 
 def test_no_answer_is_wrong() -> None:
-    assert not any(ds.check_answer(c, None) for c in CHECKS)
+    assert not any(checks.check_answer(c, None) for c in CHECKS)
 
 
 def test_catastrophic_pattern_ends() -> None:
-    assert ds.check_answer(check(kind="regex", pattern=r"(a|a)*b"), "a" * 60) is False
+    assert checks.check_answer(check(kind="regex", pattern=r"(a|a)*b"), "a" * 60) is False
 
 
 @given(st.text(max_size=200))
 def test_check_answer_is_pure_and_boolean(answer: str) -> None:
-    first = [ds.check_answer(c, answer) for c in CHECKS]
-    assert first == [ds.check_answer(c, answer) for c in CHECKS]
+    first = [checks.check_answer(c, answer) for c in CHECKS]
+    assert first == [checks.check_answer(c, answer) for c in CHECKS]
     assert all(isinstance(result, bool) for result in first)
 
 
 @given(st.text(max_size=100))
 def test_normalize_is_idempotent_and_ignores_case_and_space(text: str) -> None:
-    once = ds.normalize(text)
-    assert ds.normalize(once) == once
-    assert ds.normalize(f"  {text}\n\t") == once
-    assert ds.normalize(text.casefold()) == once
+    once = checks.normalize(text)
+    assert checks.normalize(once) == once
+    assert checks.normalize(f"  {text}\n\t") == once
+    assert checks.normalize(text.casefold()) == once
 
 
-@given(st.text(min_size=1, max_size=40).filter(ds.normalize), st.text(max_size=40))
+@given(st.text(min_size=1, max_size=40).filter(checks.normalize), st.text(max_size=40))
 def test_the_expected_text_itself_is_right(value: str, around: str) -> None:
     for mode in ("equals", "contains"):
-        assert ds.check_answer(check(kind="exact", value=value, mode=mode), value)
-    assert ds.check_answer(check(kind="exact", value=value), f"{around} : {value} : {around}")
+        assert checks.check_answer(check(kind="exact", value=value, mode=mode), value)
+    assert checks.check_answer(check(kind="exact", value=value), f"{around} : {value} : {around}")
 
 
 @given(st.integers(-(10**12), 10**12) | st.floats(-1e6, 1e6).map(lambda x: round(x, 3)))
 def test_a_number_is_found_however_it_is_written(value: float) -> None:
     numeric = check(kind="numeric", value=value)
-    assert ds.check_answer(numeric, f"First 1, then the result is {value:,}.")
-    assert ds.check_answer(numeric, f"{value:f}")
-    assert not ds.check_answer(numeric, f"{value + 1:f}")
+    assert checks.check_answer(numeric, f"First 1, then the result is {value:,}.")
+    assert checks.check_answer(numeric, f"{value:f}")
+    assert not checks.check_answer(numeric, f"{value + 1:f}")
 
 
 JSONISH = st.recursive(
@@ -378,9 +382,9 @@ JSONISH = st.recursive(
 @given(st.lists(JSONISH, max_size=3) | st.dictionaries(st.text("ab", max_size=2), JSONISH))
 def test_json_equal_to_an_enum_fits_it(value: Any) -> None:
     exact = check(kind="json", schema={"enum": [value]})
-    assert ds.check_answer(exact, json.dumps(value))
-    assert ds.check_answer(exact, f"Here you are:\n```json\n{json.dumps(value, indent=1)}\n```")
-    assert not ds.check_answer(exact, json.dumps([value, "and more"]))
+    assert checks.check_answer(exact, json.dumps(value))
+    assert checks.check_answer(exact, f"Here you are:\n```json\n{json.dumps(value, indent=1)}\n```")
+    assert not checks.check_answer(exact, json.dumps([value, "and more"]))
 
 
 # --- loading ----------------------------------------------------------------------------------
@@ -500,7 +504,7 @@ def test_prompt_and_answer_are_enough(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("prompt,answer\nCapital of Spain?,Madrid\n", "utf-8")
     (row,) = ds.load_questions(tmp_path / "mine.csv")
     assert (row.id, row.category) == ("line-2", "custom")
-    assert ds.check_answer(row.check, "Madrid, of course")
+    assert checks.check_answer(row.check, "Madrid, of course")
 
 
 ANY_JSON = st.recursive(
@@ -522,7 +526,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory: Any, lines: list[str]) ->
     path = tmp_path_factory.mktemp("any") / "any.jsonl"
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     with contextlib.suppress(UserError):
-        assert all(isinstance(row, ds.Question) for row in ds.load_questions(path))
+        assert all(isinstance(row, Question) for row in ds.load_questions(path))
 
 
 @settings(deadline=None)
@@ -531,7 +535,7 @@ def test_any_csv_is_read_or_refused(tmp_path_factory: Any, text: str) -> None:
     path = tmp_path_factory.mktemp("any") / "any.csv"
     path.write_bytes(("id,prompt,answer\n" + text).encode("utf-8", "surrogatepass"))
     with contextlib.suppress(UserError):
-        assert all(isinstance(row, ds.Question) for row in ds.load_questions(path))
+        assert all(isinstance(row, Question) for row in ds.load_questions(path))
 
 
 # --- digest and long prompts ------------------------------------------------------------------
@@ -552,28 +556,30 @@ def words(text: str) -> int:
 
 
 @pytest.mark.parametrize("row", NEEDLES, ids=lambda row: row.id)
-def test_needle_prompts(row: ds.Needle) -> None:
-    messages = ds.build_needle_prompt(row, lambda text: (len(text) + 3) // 4)
-    assert messages == ds.build_needle_prompt(row, lambda text: (len(text) + 3) // 4)
+def test_needle_prompts(row: Needle) -> None:
+    messages = needles.build_needle_prompt(row, lambda text: (len(text) + 3) // 4)
+    assert messages == needles.build_needle_prompt(row, lambda text: (len(text) + 3) // 4)
     (message,) = messages
     text = message["content"]
     assert 0.97 * row.target_tokens <= (len(text) + 3) // 4 <= row.target_tokens
     assert abs(text.index(row.needle) / len(text) - row.depth) < 0.12
-    assert ds.check_answer(row.check, row.needle)
-    assert not ds.check_answer(row.check, text.replace(row.needle, "")[: ds.MAX_ANSWER_CHARS])
+    assert checks.check_answer(row.check, row.needle)
+    assert not checks.check_answer(
+        row.check, text.replace(row.needle, "")[: checks.MAX_ANSWER_CHARS]
+    )
 
 
 @given(st.integers(100, 2000), st.floats(0, 1))
 @settings(deadline=None, max_examples=30)
 def test_needle_prompt_fits_any_target(target: int, depth: float) -> None:
     row = NEEDLES[0].model_copy(update={"target_tokens": target, "depth": depth})
-    (message,) = ds.build_needle_prompt(row, words)
+    (message,) = needles.build_needle_prompt(row, words)
     assert 0.9 * target <= words(message["content"]) <= target
     assert row.needle in message["content"]
 
 
 def test_needle_prompt_refuses_what_cannot_be_built() -> None:
     with pytest.raises(UserError, match="haystack holds"):
-        ds.build_needle_prompt(NEEDLES[0], words, ["too short"])
+        needles.build_needle_prompt(NEEDLES[0], words, ["too short"])
     with pytest.raises(UserError, match="no room"):
-        ds.build_needle_prompt(NEEDLES[0].model_copy(update={"target_tokens": 100}), len)
+        needles.build_needle_prompt(NEEDLES[0].model_copy(update={"target_tokens": 100}), len)

@@ -1,0 +1,290 @@
+"""How an answer is checked: what a check may hold, and whether an answer passes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import regex
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+
+REGEX_SECONDS = 0.5  # a pattern that needs longer on one answer counts as "does not match"
+MAX_ANSWER_CHARS = 40_000  # an endless answer is judged by this much of its head (or tail)
+
+Text = Annotated[str, Field(min_length=1)]
+TypeName = Literal["object", "array", "string", "number", "integer", "boolean", "null"]
+
+
+class Line(BaseModel):
+    """Base of what a line of a file may hold: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ExactCheck(Line):
+    """Right when the normalized answer equals, or contains as whole words, `value` or an alias.
+
+    An answer that also contains one of `reject` is wrong: that is how naming every label of a
+    classification is kept from counting.
+    """
+
+    kind: Literal["exact"]
+    value: Text
+    mode: Literal["equals", "contains"] = "contains"
+    aliases: tuple[Text, ...] = ()
+    reject: tuple[Text, ...] = ()
+
+    @field_validator("value", "aliases", "reject")
+    @classmethod
+    def _something_left(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in (value,) if isinstance(value, str) else value:
+            if not normalize(text):
+                raise ValueError("should hold a letter or a digit, not punctuation alone")
+        return value
+
+
+class RegexCheck(Line):
+    """Right when `pattern` (syntax of the `regex` module) is found in the stripped answer."""
+
+    kind: Literal["regex"]
+    pattern: Text
+    ignore_case: bool = False
+    mode: Literal["search", "fullmatch"] = "search"
+
+    @model_validator(mode="after")
+    def _usable(self) -> RegexCheck:
+        try:
+            found = _find(self.pattern, "", self.ignore_case, self.mode)
+        except (regex.error, TimeoutError) as error:
+            raise ValueError(f"pattern is not a usable regular expression: {error}") from None
+        if found:
+            raise ValueError("pattern should not match an empty answer")
+        return self
+
+
+class NumericCheck(Line):
+    """Right when the last (or first) number in the answer is within `tolerance` of `value`."""
+
+    kind: Literal["numeric"]
+    value: float
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    take: Literal["last", "first"] = "last"
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Shape(Line):
+    """The part of JSON Schema understood here, each keyword with its meaning there.
+
+    Any other keyword is refused: it would silently check nothing.
+    """
+
+    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=False)
+    type: Annotated[tuple[TypeName, ...], BeforeValidator(_listed)] = ()
+    properties: dict[str, Shape] = {}
+    required: tuple[str, ...] = ()
+    additional_properties: bool = True
+    items: Shape | None = None
+    enum: Annotated[tuple[JsonValue, ...], Field(min_length=1)] | None = None
+    pattern: str | None = None
+    min_items: Annotated[int, Field(ge=0)] = 0
+    max_items: Annotated[int, Field(ge=0)] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            regex.compile(value or "")
+        except regex.error as error:
+            raise ValueError(f"should be a regular expression: {error}") from None
+        return value
+
+
+class JsonCheck(Line):
+    """Right when the first JSON object or array in the answer has the shape given as `schema`.
+
+    With `strict` the whole answer has to be the JSON; a Markdown fence around it is allowed.
+    """
+
+    kind: Literal["json"]
+    shape: Annotated[Shape, Field(alias="schema")]
+    strict: bool = False
+
+
+Check = Annotated[ExactCheck | RegexCheck | NumericCheck | JsonCheck, Field(discriminator="kind")]
+
+
+_POINT = re.compile(r"[0-9]\.[0-9]")
+
+
+def normalize(text: str) -> str:
+    """Fold what an exact match should not depend on; idempotent.
+
+    Input: any string. Output: lower case, Latin accents and punctuation gone, thousands commas
+    closed up, one space between words. A decimal point, and the signs + = < > $ and their kin,
+    stay: "3.5" must not contain the word "5". Errors: none.
+    """
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    out = []
+    for index, char in enumerate(text):
+        kind = unicodedata.category(char)
+        if kind in ("Sm", "Sc"):
+            out.append(f" {char} ")
+        elif kind[0] in "LNM" or (char == "." and _POINT.match(text, max(index - 1, 0))):
+            out.append("" if "\u0300" <= char <= "\u036f" else char)
+        else:
+            out.append(" ")
+    return " ".join("".join(out).split())
+
+
+def check_answer(check: Check, answer: str | None) -> bool:
+    """Say whether a model's answer is right.
+
+    Input: a validated check and the answer as the model gave it, however hostile: empty, None,
+    huge, full of NULs, deeply nested. Output: True or False, the same on every call (only a
+    pattern that runs into `REGEX_SECONDS` depends on the machine; it counts as False).
+    Errors: none.
+    """
+    if not isinstance(answer, str):
+        return False
+    head = answer[:MAX_ANSWER_CHARS]
+    try:
+        if isinstance(check, ExactCheck):
+            return len(answer) <= MAX_ANSWER_CHARS and _exact(check, head)
+        if isinstance(check, NumericCheck):
+            return _numeric(check, head if check.take == "first" else answer[-MAX_ANSWER_CHARS:])
+        if isinstance(check, RegexCheck):
+            return _find(check.pattern, head.strip(), check.ignore_case, check.mode)
+        return any(_fits(value, check.shape) for value in _json_values(head, check.strict))
+    except TimeoutError:
+        return False
+
+
+def _exact(check: ExactCheck, answer: str) -> bool:
+    given = f" {normalize(answer)} "
+    wanted = [f" {normalize(text)} " for text in (check.value, *check.aliases)]
+    if any(f" {normalize(text)} " in given for text in check.reject):
+        return False
+    return any(w == given if check.mode == "equals" else w in given for w in wanted)
+
+
+# A sign counts only when no letter or digit stands before it ("5-3" holds 5 and 3, "x=-3" holds
+# -3); digits inside a word or a version ("H2O", "v1.2") are no numbers.
+_NUMBER = re.compile(
+    r"(?<![0-9]\.)(?<![^\W_])[-+]?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?"
+)
+
+
+def _numeric(check: NumericCheck, answer: str) -> bool:
+    number = None
+    for match in _NUMBER.finditer(answer.replace("\u2212", "-")):
+        number = match
+        if check.take == "first":
+            break
+    if number is None:
+        return False
+    # Decimals, because floats make 0.1 + 0.2 unequal to 0.3 and need a slack that hides errors.
+    given, value = Decimal(number.group().replace(",", "")), Decimal(repr(check.value))
+    return abs(given - value) <= Decimal(repr(check.tolerance))
+
+
+def _find(pattern: str, text: str, ignore_case: bool, mode: str) -> bool:
+    compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+    find = compiled.fullmatch if mode == "fullmatch" else compiled.search
+    return find(text, timeout=REGEX_SECONDS) is not None
+
+
+def no_constant(name: str) -> Any:
+    """For json's parse_constant: NaN and Infinity are no JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=no_constant)
+_FENCE = re.compile(r"\s*```[A-Za-z]*\s*\n(.*)\n\s*```\s*", re.DOTALL)
+
+
+def _json_values(answer: str, strict: bool) -> Iterator[Any]:
+    """Give the JSON the answer holds: at most one value."""
+    if strict:
+        fenced = _FENCE.fullmatch(answer)
+        with contextlib.suppress(ValueError, RecursionError):
+            yield _JSON.decode((fenced.group(1) if fenced else answer).strip())
+        return
+    starts = (match.start() for match in re.finditer(r"[\[{]", answer))
+    for start, _ in zip(starts, range(64), strict=False):
+        try:
+            yield _JSON.raw_decode(answer, start)[0]
+            return
+        except (ValueError, RecursionError):
+            continue
+
+
+_PYTHON_TYPES: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int}
+_PYTHON_TYPES["number"] = (int, float)
+
+
+def _is(value: Any, name: TypeName) -> bool:
+    if name == "null" or isinstance(value, bool):
+        return (value is None) if name == "null" else name == "boolean"
+    if name == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _PYTHON_TYPES.get(name, ()))
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 1 equals 1.0 but not true."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
+    return bool(left == right)
+
+
+def _fits(value: Any, shape: Shape) -> bool:
+    if shape.type and not any(_is(value, name) for name in shape.type):
+        return False
+    if shape.enum and not any(_same(value, allowed) for allowed in shape.enum):
+        return False
+    if isinstance(value, dict):
+        known = shape.properties
+        return (
+            all(name in value for name in shape.required)
+            and (shape.additional_properties or value.keys() <= known.keys())
+            and all(_fits(value[name], known[name]) for name in known if name in value)
+        )
+    if isinstance(value, list):
+        sized = shape.min_items <= len(value) <= _or(shape.max_items, math.inf)
+        return sized and all(_fits(item, shape.items) for item in value if shape.items)
+    if isinstance(value, str):
+        return shape.pattern is None or _find(shape.pattern, value, False, "search")
+    if _is(value, "number"):
+        return _or(shape.minimum, -math.inf) <= value <= _or(shape.maximum, math.inf)
+    return True
+
+
+def _or(bound: float | None, otherwise: float) -> float:
+    return otherwise if bound is None else bound
