@@ -61,6 +61,12 @@ _ALL = (
               choices=("promote", "rollback")),
     Parameter("force", "promote: true moves the alias in spite of the gate; "
               "elsewhere: do the step again although its output is there", "false"),
+    Parameter("do", "what to do with the cache: list, verify or prune", "list",
+              choices=("list", "verify", "prune")),
+    Parameter("older_than", "prune: what was not used for so long, as 12h, 30d or 8w"),
+    Parameter("max_size", "prune: the longest unused until the rest fits, as 500MB or 20GB"),
+    Parameter("dry_run", "true: say what would be done, and why, and do nothing", "false",
+              choices=("true", "false")),
     Parameter("quiet", "true: no progress, only the summary line and errors", "false",
               choices=("true", "false")),
 )  # fmt: skip

@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ class Pipeline(AbstractContextManager["Pipeline"]):
             EnvironmentProblem: it was killed.
             ProjectError: what a step done in this process raises.
         """
-        request = self._for_step(step, given)
+        request = for_step(self._request, step, given)
         with self._store.settling():
             planned = plan(step, request, self._store)
             there = hit(planned, self._store)
@@ -66,14 +67,6 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         self._held.enter_context(self._store.using([outcome.entry]))
         self.outcomes.append(outcome)
         return outcome
-
-    def _for_step(self, step: Step, given: dict[str, str]) -> Request:
-        own = self._request.values
-        values = {name: own[name] for name in step.all_parameters if name in own}
-        forced = self._request.value("force") in ("all", step.name)
-        # For promote, `force` means something else: to overrule the gate.
-        values["force"] = str(forced and step.name != "promote").lower()
-        return replace(self._request, values=values | given)
 
     def _in_process(self, planned: Plan) -> Outcome:
         step = planned.step
@@ -101,6 +94,22 @@ class Pipeline(AbstractContextManager["Pipeline"]):
                 "was the cache pruned, or the code changed, in the meantime? Run it again."
             )
         return Outcome(step.name, entry, False, str(entry.origin.get("run_id", "")))
+
+
+def for_step(request: Request, step: Step, given: Mapping[str, str]) -> Request:
+    """What `main` asks of one of its steps.
+
+    Args:
+        request: of `main`.
+        step: which step.
+        given: inputs made by the steps before, as parameters.
+    """
+    own = request.values
+    values = {name: own[name] for name in step.all_parameters if name in own}
+    forced = request.value("force") in ("all", step.name)
+    # For promote, `force` means something else: to overrule the gate.
+    values["force"] = str(forced and step.name != "promote").lower()
+    return replace(request, values={**values, **given})
 
 
 def _context() -> BaseContext:

@@ -203,7 +203,7 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
             run.point_to(entry)
         if step.after:
             step.after(request, entry)
-        store.set_latest(request.profile.name, _slot(step.name), entry.key)
+        store.set_latest(request.profile.name, slot(step.name), entry.key)
         run.finish(step.name, entry, was_there)
     return Outcome(step.name, entry, was_there, run.run_id)
 
@@ -227,7 +227,7 @@ def _do(planned: Plan, run: StepRun, store: Store) -> Entry:
     return entry
 
 
-def _slot(step: str) -> str:
+def slot(step: str) -> str:
     """Under which name a step's latest output is remembered."""
     if step not in IN_MLFLOW:
         return step
@@ -271,7 +271,7 @@ def preceding_output(request: Request, store: Store, name: str, *steps: str) -> 
     """
     profile = request.profile.name
     for step in steps:
-        if entry := store.latest(profile, step, _slot(step)):
+        if entry := store.latest(profile, step, slot(step)):
             return entry
     raise UserError(
         f"parameter: {name} = 'auto': step {steps[0]} has left nothing for profile {profile} in "

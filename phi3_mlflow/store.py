@@ -244,6 +244,14 @@ class Store:
             return None
         return self.find(step, key)
 
+    def latest_keys(self) -> set[tuple[str, str]]:
+        """Step and key of everything that some profile's last run left."""
+        keys = set()
+        for file in (self.root / "latest").glob("*/*.json"):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                keys.add((file.stem.partition("-")[0], json.loads(file.read_text("utf-8"))["key"]))
+        return keys
+
     def _place(self, step: str, key: str) -> Path:
         return self.root / "outputs" / step / key
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from phi3_mlflow import console, registry
 from phi3_mlflow.cli import command
+from phi3_mlflow.dry_run import DryRun, Unknown, text
 from phi3_mlflow.params import Request
 from phi3_mlflow.pipeline import Pipeline
 from phi3_mlflow.step import Outcome
-from phi3_mlflow.tracking import step_run, summary_line, tracking_identity
+from phi3_mlflow.tracking import connect, step_run, summary_line, tracking_identity
 from steps import evaluate, export, fetch, log, promote, quantize, register
 
 STEPS = (fetch, quantize, export, log, register, evaluate, promote)
@@ -36,6 +37,7 @@ PARAMETERS = (
     "size",
     "questions",
     "force",
+    "dry_run",
     "quiet",
 )
 CHOICES = {"force": ("true", "false", "all", *(module.STEP.name for module in STEPS))}
@@ -45,6 +47,9 @@ def main(request: Request) -> None:
     console.set_quiet(request.flag("quiet"))
     if request.flag("force"):
         request = Request(request.profile, {**request.values, "force": "all"})
+    if request.flag("dry_run"):
+        print(foretell(request), flush=True)
+        return
     with step_run("main", request, None) as run:
         run.log_settings(request.profile.model_dump(mode="json"), {})
         with Pipeline(request, run.run_id) as pipeline:
@@ -61,7 +66,20 @@ def main(request: Request) -> None:
     )  # fmt: skip
 
 
-def sequence(pipeline: Pipeline, request: Request) -> Outcome:
+def foretell(request: Request) -> str:
+    """What this run would do, without doing it."""
+    connect()
+    dry = DryRun(request)
+    profile = request.profile
+    skipped = {"quantize": not profile.quantizes, "export": not profile.makes_onnx}
+    try:
+        sequence(dry, request)
+    except Unknown:
+        dry.rest([module.STEP for module in STEPS if not skipped.get(module.STEP.name)])
+    return text(dry.forecasts)
+
+
+def sequence(pipeline: Pipeline | DryRun, request: Request) -> Outcome:
     """The steps that the profile needs, each given what those before it made."""
     profile = request.profile
     checkpoint = path = str(pipeline.run(fetch.STEP).entry.path)

@@ -14,25 +14,27 @@ from phi3_mlflow.params import PARAMETERS
 from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
+COMMANDS = ("main", "cache")
 STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote")
 
 
 def invoke(name: str, *options: str) -> Result:
     module = importlib.import_module(f"steps.{name}")
+    choices = getattr(module, "CHOICES", None)
     made = (
-        command("main", module.PARAMETERS, module.__doc__, module.main, module.CHOICES)
-        if name == "main"
+        command(name, module.PARAMETERS, module.__doc__, module.main, choices)
+        if name in COMMANDS
         else step_command(module.STEP, module.__doc__)
     )
     return CliRunner().invoke(made, list(options))
 
 
-@pytest.mark.parametrize("name", [*STEPS, "main"])
+@pytest.mark.parametrize("name", [*STEPS, *COMMANDS])
 def test_help_is_the_scripts_manual(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     assert f"python -m steps.{name}" in result.output
-    assert "--profile" in result.output
+    assert "--quiet" in result.output
 
 
 @pytest.mark.parametrize("name", [*STEPS, "main"])
@@ -78,6 +80,9 @@ def test_a_missing_input_names_the_command_that_makes_it(
         ("promote", (), "no version of smollm2-135m carries the alias challenger"),
         ("promote", ("--action", "rollback"), "nothing to roll back"),
         ("register", ("--model-uri", "models:/m-0"), "there is no such logged model"),
+        ("cache", ("--do", "clear"), "allowed: list, verify, prune"),
+        ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 12h, 30d or 8w"),
+        ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 500MB, 20GB"),
         ("main", ("--force", "everything"), "allowed: true, false, all, fetch"),
     ],
 )
@@ -92,9 +97,10 @@ def test_bad_input_is_told_from_a_fault(
 
 def test_mlproject_declares_just_the_parameters_that_the_steps_have() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
-    for name in [*STEPS, "main"]:
+    assert set(project["entry_points"]) == {*STEPS, *COMMANDS}
+    for name in project["entry_points"]:
         module = importlib.import_module(f"steps.{name}")
-        wanted = module.PARAMETERS if name == "main" else module.STEP.all_parameters
+        wanted = module.PARAMETERS if name in COMMANDS else module.STEP.all_parameters
         declared = project["entry_points"][name]["parameters"]
         assert tuple(declared) == wanted, name
         for parameter, about in declared.items():

@@ -97,6 +97,21 @@ def test_every_step_is_a_child_run_with_its_cost_and_manifest(line, connected: W
     assert all(len(f["sha256"]) == 64 for f in listed.values())
 
 
+def test_a_dry_run_says_what_would_be_done_and_why(line, connected: Workspace) -> None:
+    place, profile, _ = line
+    runs = len(registry.client().search_runs(["1"]))
+    done = place.step("main", "--profile", str(profile), "--dry-run", "true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing to do, in the cache") == 6
+    done = place.step("main", "--profile", str(profile), "--dry-run", "true", "--block-size", "16")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert "nothing to do" in lines["fetch"]
+    assert "settings.block_size (32 -> 16)" in lines["quantize"]
+    assert "MB of memory" in lines["quantize"]
+    assert "its input would be new" in lines["export"]
+    assert len(registry.client().search_runs(["1"])) == runs
+
+
 def test_again_nothing_is_done(line, connected: Workspace) -> None:
     place, profile, _ = line
     before = len(registry.client().search_model_versions("name='tiny'"))

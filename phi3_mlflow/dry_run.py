@@ -1,0 +1,117 @@
+"""What `main` would do: which steps, why, and what they cost the last time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phi3_mlflow.params import Request
+from phi3_mlflow.pipeline import for_step
+from phi3_mlflow.step import Outcome, Plan, Step, hit, plan, slot
+from phi3_mlflow.store import Entry, Store
+
+
+class Unknown(Exception):
+    """From here on nothing can be foretold: it depends on what a step would make."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One step's part in a run that has not begun.
+
+    Attributes:
+        step: its name.
+        reason: why it would run; None when its output is in the cache.
+        last: the output it last left for the profile, for what it cost.
+    """
+
+    step: str
+    reason: str | None
+    last: Entry | None
+
+    def line(self) -> str:
+        if self.reason is None:
+            return f"  {self.step:<9} nothing to do, in the cache"
+        return f"  {self.step:<9} would run: {self.reason}{cost(self.last)}"
+
+
+class DryRun:
+    """Takes the place of a pipeline, looks at each step and does none of them."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._store = Store()
+        self.forecasts: list[Forecast] = []
+
+    def run(self, step: Step, **given: str) -> Outcome:
+        """Foretell a step.
+
+        Raises:
+            Unknown: it would run, so what the steps after it are given is not known.
+        """
+        request = for_step(self._request, step, given)
+        planned = plan(step, request, self._store)
+        entry = hit(planned, self._store)
+        if entry is None:
+            last = self._last(step)
+            why = reason(planned, last, request.flag("force"))
+            self.forecasts.append(Forecast(step.name, why, last))
+            raise Unknown
+        self.forecasts.append(Forecast(step.name, None, entry))
+        return Outcome(step.name, entry, True, str(entry.origin.get("run_id", "")))
+
+    def rest(self, steps: Sequence[Step]) -> None:
+        """Add the steps that come after the first that would run."""
+        known = {forecast.step for forecast in self.forecasts}
+        for step in steps:
+            if step.name not in known:
+                why = "its input would be new"
+                self.forecasts.append(Forecast(step.name, why, self._last(step)))
+
+    def _last(self, step: Step) -> Entry | None:
+        return self._store.latest(self._request.profile.name, step.name, slot(step.name))
+
+
+def reason(planned: Plan, last: Entry | None, forced: bool) -> str:
+    """Why a planned step has to run, given what it last left for this profile."""
+    if planned.step.always:
+        return "it looks for itself whether there is something to do"
+    if forced:
+        return "forced"
+    if last is None:
+        return "it has not been done for this profile yet"
+    changed = changed_parts(last.origin.get("parts", {}), planned.parts)
+    if not changed:
+        return "what it left is no longer whole, or no longer in MLflow"
+    return "changed: " + ", ".join(changed)
+
+
+def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The names of the key parts that differ, dotted, with their values where these are short."""
+    names: list[str] = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += changed_parts(before, after, f"{prefix}{name}.")
+        elif before != after or type(before) is not type(after):
+            short = prefix.startswith(("settings", "libraries")) and len(f"{before}{after}") < 60
+            names.append(f"{prefix}{name}" + (f" ({before} -> {after})" if short else ""))
+    return names
+
+
+def cost(last: Entry | None) -> str:
+    """What the step took the last time, or nothing when that is not known."""
+    if last is None or not (known := last.origin.get("cost")):
+        return ""
+    return (
+        f"; last time {known['wall_time_s']:.0f} s, {known['peak_rss_bytes'] / 1e6:.0f} MB of "
+        f"memory, {last.manifest.total_bytes / 1e6:.0f} MB of disk"
+    )
+
+
+def text(forecasts: Sequence[Forecast]) -> str:
+    """All steps, a line each, and a last line with the sum."""
+    todo = [forecast.step for forecast in forecasts if forecast.reason]
+    last = f"{len(todo)} of {len(forecasts)} steps would run."
+    return "\n".join(["Plan (nothing is done):", *(f.line() for f in forecasts), last])

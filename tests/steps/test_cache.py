@@ -1,0 +1,108 @@
+"""The cache entry point: nothing that is in use goes, and what is damaged is found."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from phi3_mlflow.params import read_request
+from phi3_mlflow.store import Entry, Store
+from steps import cache
+from tests.conftest import Workspace
+
+DAY = 86400
+
+
+def put(store: Store, number: int, *, age_days: float = 0, size: int = 1000) -> Entry:
+    key = f"{number:040x}"
+    origin = {"parts": {}, "time": time.time()}
+    with store.locked("export", key), store.building("export", key, origin) as out:
+        (out / "file").write_bytes(bytes([number]) * size)
+    entry = store.find("export", key)
+    assert entry is not None
+    then = time.time() - age_days * DAY
+    os.utime(entry.path.parent / "verified.json", (then, then))
+    return entry
+
+
+@pytest.fixture
+def store(workspace: Workspace) -> Store:
+    return Store(workspace.cache)
+
+
+def run(**values: str) -> None:
+    cache.main(read_request(cache.PARAMETERS, values))
+
+
+def keys(store: Store) -> set[int]:
+    return {int(entry.key, 16) for entry in store.entries()}
+
+
+def test_a_list_changes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    put(store, 1, size=2_000_000)
+    run()
+    captured = capsys.readouterr()
+    assert "export" in captured.err
+    assert "2.0 MB" in captured.err
+    assert "outputs=1 size_mb=2.0 removed=0" in captured.out
+    assert keys(store) == {1}
+
+
+def test_what_was_not_used_for_long_is_pruned(store: Store) -> None:
+    put(store, 1, age_days=40)
+    put(store, 2, age_days=20)
+    run(do="prune", older_than="30d")
+    assert keys(store) == {2}
+
+
+def test_the_longest_unused_go_until_the_rest_fits(store: Store) -> None:
+    for number, age in ((1, 1), (2, 3), (3, 2)):
+        put(store, number, age_days=age, size=400_000)
+    run(do="prune", max_size="0.9MB")
+    assert keys(store) == {1, 3}
+
+
+def test_without_limits_what_a_profile_left_last_stays(store: Store) -> None:
+    put(store, 1)
+    kept = put(store, 2)
+    store.set_latest("mine", "export", kept.key)
+    run(do="prune")
+    assert keys(store) == {2}
+
+
+def test_what_is_being_read_or_built_stays(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, built = put(store, 1, age_days=9), put(store, 2, age_days=9)
+    with Store(store.root).using([read]), Store(store.root).locked("export", built.key):
+        run(do="prune", older_than="1d")
+    assert keys(store) == {1, 2}
+    assert capsys.readouterr().err.count("kept: it is in use") == 2
+    run(do="prune", older_than="1d")
+    assert keys(store) == set()
+
+
+def test_verify_finds_what_is_damaged_and_removes_it(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(store, 1)
+    damaged = put(store, 2)
+    (damaged.path / "file").write_bytes(b"?" * 1000)
+    run(do="verify")
+    assert keys(store) == {1}
+    assert "file: sha256" in capsys.readouterr().err
+
+
+def test_unfinished_work_of_the_dead_is_swept_away_and_that_of_the_living_is_not(
+    store: Store,
+) -> None:
+    dead = store.root / "building" / f"export-{'a' * 40}-0123456789ab"
+    living = store.root / "building" / f"export-{'b' * 40}-0123456789ab"
+    dead.mkdir(parents=True)
+    with Store(store.root).locked("export", "b" * 40):
+        living.mkdir()
+        run()
+        assert not dead.exists()
+        assert living.exists()
