@@ -79,7 +79,7 @@ def clean_environment(scratch: Path) -> Path:
     """A virtual environment with nothing but the pinned pip; returns its Python."""
     venv.EnvBuilder(with_pip=True).create(scratch / "venv")
     python = scratch / "venv" / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     subprocess.run([*pip, f"pip=={conda_pip_version()}"], check=True)
     return python
 

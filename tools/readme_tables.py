@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md and docs/*.md, or say which are out of date.
+"""Write what is generated in README.md, docs/*.md and examples/, or say what is out of date.
 
     python tools/readme_tables.py             # rewrite what differs (`make readme`)
     python tools/readme_tables.py --check     # change nothing; exit 1 when something differs
@@ -14,6 +14,9 @@ and NAME is one of
 - ``parameters``: every parameter with its default, its meaning and the entry points that take it
 - ``profiles``: the profiles in configs/
 - ``benchmark:FILE``: benchmarks/results/FILE.json, as benchmarks/_result.py writes it
+
+examples/kubernetes/MLproject repeats the entry point ``main`` for a docker_env; it is generated
+too, from its line ``entry_points:`` on.
 """
 
 from __future__ import annotations
@@ -50,9 +53,12 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     check = bool(arguments)
     stale = []
     try:
-        for path in documents(root):
+        for path in generated_files(root):
             text = path.read_text(encoding="utf-8")
-            fresh = regenerate(text, root, path.name)
+            if path.name == "MLproject":
+                fresh = with_main_entry_point(text, root)
+            else:
+                fresh = regenerate(text, root, path.name)
             if fresh == text:
                 continue
             stale.append(path.name)
@@ -70,9 +76,20 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     return 0
 
 
-def documents(root: Path) -> list[Path]:
-    """The documents that may hold generated tables."""
-    return [p for p in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if p.is_file()]
+def generated_files(root: Path) -> list[Path]:
+    """The documents that may hold generated tables, and the example that repeats MLproject."""
+    documents = (root / "README.md", *sorted((root / "docs").glob("*.md")))
+    return [p for p in (*documents, root / "examples" / "kubernetes" / "MLproject") if p.is_file()]
+
+
+def with_main_entry_point(text: str, root: Path) -> str:
+    """A project file whose only entry point is MLproject's ``main``, word for word."""
+    project = (root / "MLproject").read_text(encoding="utf-8")
+    block = re.search(r"^  main:\n(?:    .*\n|\n)*", project, re.MULTILINE)
+    head, separator, _ = text.partition("entry_points:\n")
+    if block is None or not separator:
+        raise DocumentError("MLproject has no entry point main, or the example no entry_points")
+    return head + separator + block.group(0).rstrip() + "\n"
 
 
 def show_difference(name: str, old: str, new: str) -> None:

@@ -19,9 +19,7 @@ PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!_-]*)$
 
 # In conda.yaml without being imported by name, and why.
 NOT_IMPORTED = {
-    "gguf": "transformers reads GGUF files with it",
-    "pyarrow": "pandas reads and writes Parquet with it",
-    "uvicorn": "started as a server, by its name",
+    "onnxruntime": "onnxruntime-genai's builder packs int4 weights with it",
 }
 # Imported where the feature is used, and installed for that feature alone.
 OPTIONAL = {"optimum", "gptqmodel", "accelerate"}
@@ -232,7 +230,7 @@ def test_every_import_is_a_direct_dependency(root):
         names = {normalized(name) for name in providers.get(module, [module])}
         if not names & (direct | OPTIONAL):
             undeclared[module] = where
-    assert not undeclared, "imported, and not in conda.yaml"
+    assert not undeclared, "add NAME==VERSION to conda.yaml's pip list, then `make lock`"
     assert set(extra(root, "gptq.txt")) == OPTIONAL
 
 

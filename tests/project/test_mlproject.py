@@ -7,13 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ENTRY_POINTS = ("main", "fetch", "quantize", "export", "log", "register", "evaluate", "promote")
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY_POINTS = tuple(yaml.safe_load((ROOT / "MLproject").read_text("utf-8"))["entry_points"])
+STEPS = {"main", "fetch", "quantize", "export", "log", "register", "evaluate", "promote"}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,7 @@ def test_mlflow_reads_the_project(project, root):
     assert project.name == "phi3-mlflow"
     assert project.env_config_path == str(root / "conda.yaml")
     assert project.docker_env is None
+    assert set(ENTRY_POINTS) >= STEPS
     for name in ENTRY_POINTS:
         assert project.get_entry_point(name).command
 
@@ -85,9 +89,9 @@ def test_a_script_takes_the_options_that_mlproject_gives_it(declared, root, name
 @given(value=st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1))
 def test_no_value_leaves_its_place_in_the_shell(project, declared, value):
     """MLflow quotes values: whatever a caller gives arrives as one argument."""
-    given_values = {"profile": value}
     for name in declared:
         entry = project.get_entry_point(name)
-        command = shlex.split(entry.compute_command(given_values, None))
-        assert command[command.index("--profile") + 1] == value
+        first = next(iter(entry.parameters))
+        command = shlex.split(entry.compute_command({first: value}, None))
+        assert command[4] == value
         assert len(command) == 3 + 2 * len(entry.parameters)

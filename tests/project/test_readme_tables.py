@@ -96,6 +96,19 @@ def test_docs_are_looked_at_too(tables, project):
     assert tables.main(["--check"], project) == 1
 
 
+def test_the_example_that_repeats_main_is_generated(tables, project, capsys):
+    example = project / "examples" / "kubernetes" / "MLproject"
+    example.parent.mkdir(parents=True)
+    example.write_text("name: p\nentry_points:\n  main: {}\n")
+    assert tables.main([], project) == 2
+    assert "no entry point main" in capsys.readouterr().err
+    (project / "MLproject").write_text(MLPROJECT.replace("  log:", "  main:"))
+    (project / "steps" / "main.py").write_text('"""All."""\n')
+    assert tables.main([], project) == 0
+    assert example.read_text() == "name: p\nentry_points:\n  main:" + MLPROJECT.split("  log:")[1]
+    assert tables.main(["--check"], project) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

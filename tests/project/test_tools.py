@@ -204,9 +204,8 @@ def test_pips_failure_shows_its_last_lines_and_leaves_the_state_unready(setup_ve
     fake_venv(setup_venv)
     setup_venv.BROKEN_OFF.touch()
     failing = "import sys; print('Collecting torch'); print('ERROR: no such thing'); sys.exit(3)"
-    with pytest.raises(SystemExit) as stopped:
-        with setup_venv.one_at_a_time() as lock:
-            setup_venv.run_pip([sys.executable, "-c", failing], "two packages", lock)
+    with pytest.raises(SystemExit) as stopped, setup_venv.one_at_a_time() as lock:
+        setup_venv.run_pip([sys.executable, "-c", failing], "two packages", lock)
     assert "pip ended with 3" in str(stopped.value)
     assert "ERROR: no such thing" in capfd.readouterr().err
     assert not setup_venv.is_ready("runtime")
