@@ -18,9 +18,10 @@ _ROOM_TO_SPARE = 64 << 20  # bytes; what else is written while a checkpoint come
 
 
 class Progress(Protocol):
-    """Counts bytes; takes a negative number when bytes that came have to come again."""
+    """Counts bytes."""
 
-    def advance(self, n: int) -> None: ...
+    def advance(self, amount: int, /) -> None:
+        """Count `amount` more bytes; negative when bytes that came have to come again."""
 
 
 ProgressFactory = Callable[[str, int | None], AbstractContextManager[Progress]]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
 CHUNK = 1 << 20  # bytes; large enough that the hand-over between threads costs nothing
+
+
+_STEP = 1 << 23  # bytes the kernel copies before the digest follows
+
+
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take in bytes."""
 
 
 class FileDigest(NamedTuple):
@@ -141,28 +153,63 @@ def copy_with_digest(
 ) -> FileDigest:
     """Copy a file's content and say what was written.
 
+    The kernel copies; what it wrote is read back for the digest in a thread of its own, a step
+    behind, while it still is in memory.
+
     Args:
         source: a file.
         target: written anew.
         advance: told the bytes of every step.
 
     Returns:
-        Size and sha256 of the bytes that went into `target`.
+        Size and sha256 of the bytes that are in `target`.
     """
-    # Two buffers take turns: one is hashed and written while the next is read.
-    buffers = [bytearray(CHUNK), bytearray(CHUNK)]
+    sha256, size = hashlib.sha256(), 0
     with (
-        source.open("rb", buffering=0) as reader,
-        target.open("wb+") as stream,
-        DigestingFile(stream) as writer,
+        source.open("rb") as reader,
+        target.open("wb+") as writer,
+        ThreadPoolExecutor(1, "digest") as pool,
     ):
-        turn = 0
-        while count := reader.readinto(buffers[turn]):
-            writer.write(memoryview(buffers[turn])[:count])
+        digested: list[Future[None]] = []
+        for count in _copied(reader, writer):
+            digested.append(pool.submit(_digest_range, writer.fileno(), size, count, sha256))
+            size += count
             if advance:
                 advance(count)
-            turn = 1 - turn
-        return writer.digest()[0]
+        for piece in digested:
+            piece.result()
+    return FileDigest(size, sha256.hexdigest())
+
+
+def _copied(reader: BinaryIO, writer: BinaryIO) -> Iterator[int]:
+    """Copy one file to another, yielding the bytes of every step once they are written."""
+    position, last = 0, os.fstat(reader.fileno()).st_size
+    if sys.platform == "linux":
+        try:
+            while count := os.sendfile(writer.fileno(), reader.fileno(), position, _STEP):
+                position += count
+                yield count
+        except OSError as error:
+            # Some file systems cannot; nothing was written yet when they say so.
+            if position or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+                raise
+        if position >= last:
+            return
+    while chunk := reader.read(CHUNK):
+        writer.write(chunk)
+        writer.flush()
+        yield len(chunk)
+
+
+def _digest_range(descriptor: int, start: int, count: int, sha256: Digest) -> None:
+    """Take a part of a file into a digest."""
+    end = start + count
+    while start < end:
+        chunk = os.pread(descriptor, min(CHUNK, end - start), start)
+        if not chunk:
+            raise OSError(errno.EIO, "the file became shorter while it was written")
+        sha256.update(chunk)
+        start += len(chunk)
 
 
 def copy_stream_with_digest(
@@ -192,12 +239,3 @@ def digest_of_files(files: Iterable[tuple[str, FileDigest]]) -> str:
     """One sha256 for a set of files: names, sizes and contents, in whatever order they come."""
     lines = sorted(f"{digest.sha256} {digest.size} {name}\n" for name, digest in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory survive a power cut, where the platform can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,9 +85,10 @@ class PartialFile:
             yield writer
 
     def finish(self, digest: FileDigest) -> WholeFile:
-        """The part is whole and checked: give it the whole file's name."""
-        with self.part_path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        """The part is whole and checked: give it the whole file's name.
+
+        It is not forced to the disk: whoever finds the file later checks its digest again.
+        """
         self.part_path.replace(self.whole_path)
         return WholeFile(self.whole_path, digest)
 

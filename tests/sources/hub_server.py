@@ -105,6 +105,7 @@ class HubServer:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._digests: dict[int, tuple[bytes, str]] = {}
         self._stop = threading.Event()
         self._hub = _server(self, "hub")
         self._store = _server(self, "store")
@@ -129,6 +130,13 @@ class HubServer:
     def asked(self, route: str, name: str | None = None) -> list[Request]:
         """The requests on a route."""
         return [r for r in self.requests if r.route == route and name in (None, r.name)]
+
+    def sha256(self, name: str) -> str:
+        """The digest of a file, computed once as long as its content is the same object."""
+        content = self.files[name]
+        if id(content) not in self._digests:
+            self._digests[id(content)] = content, hashlib.sha256(content).hexdigest()
+        return self._digests[id(content)][1]
 
     def close(self) -> None:
         """Stop listening."""
@@ -215,7 +223,7 @@ class HubServer:
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
         if not self.is_lfs(name):
             return entry | {"oid": git_blob(content)}
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = self.sha256(name)
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\n".encode()
         lfs = {"oid": sha256, "size": len(content), "pointerSize": 134}
         return entry | {"oid": git_blob(pointer), "lfs": lfs}
@@ -229,14 +237,14 @@ class HubServer:
         headers = {"X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
         if not self.is_lfs(name):
             return _ranged(content, {**headers, "ETag": f'"{git_blob(content)}"'}, request)
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = self.sha256(name)
         headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
         headers["Location"] = f"{self.store_url}/lfs/{sha256}?Signature=signed-secret"
         return Reply(302, headers, b"Found")
 
     def _lfs(self, request: Request, sha256: str) -> Reply:
         for name, content in self.files.items():
-            if self.is_lfs(name) and hashlib.sha256(content).hexdigest() == sha256:
+            if self.is_lfs(name) and self.sha256(name) == sha256:
                 request.name = name
                 return _ranged(content, {"ETag": f'"{sha256[:32]}"'}, request)
         return Reply(404, {}, b"no such object")
