@@ -197,10 +197,19 @@ def parameters_table(root: Path) -> str:
     rows = []
     for parameter, values in defaults.items():
         default = " or ".join(f"`{value}`" for value in sorted(values)) if any(values) else "–"
-        everywhere = len(takers[parameter]) == len(entry_points) > 1
-        of = "all" if everywhere else ", ".join(f"`{name}`" for name in takers[parameter])
+        of = names_of(takers[parameter], list(entry_points))
         rows.append([f"`{parameter}`", default, meaning_of(parameter), of])
     return format_table(["Parameter", "Default", "Meaning", "Entry points"], rows)
+
+
+def names_of(some: Sequence[str], every: Sequence[str]) -> str:
+    """Some of the entry points, the short way round: all, all but one, or their names."""
+    missing = [name for name in every if name not in some]
+    if len(every) > 1 and not missing:
+        return "all"
+    if len(missing) == 1 and len(some) > 2:
+        return f"all but `{missing[0]}`"
+    return ", ".join(f"`{name}`" for name in some)
 
 
 def profiles_table(root: Path) -> str:

@@ -90,6 +90,13 @@ def test_check_reports_and_changes_nothing_then_writing_mends(tables, project, c
     assert "stale content" not in text
 
 
+def test_entry_points_are_named_the_short_way_round(tables):
+    assert tables.names_of(["a", "b"], ["a", "b"]) == "all"
+    assert tables.names_of(["a", "b", "c"], ["a", "b", "c", "d"]) == "all but `d`"
+    assert tables.names_of(["a", "b"], ["a", "b", "c"]) == "`a`, `b`"
+    assert tables.names_of(["a"], ["a"]) == "`a`"
+
+
 def test_docs_are_looked_at_too(tables, project):
     tables.main([], project)
     (project / "docs" / "a.md").write_text(DOCUMENT)
