@@ -10,6 +10,7 @@ logged is pointed at the same models-from-code file that the ONNX flavor uses.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def log_transformers(
         checkpoint: holds config.json, the weights as safetensors, the tokenizer.
         name: of the logged model, and of the `model` in its answers unless `model_config` says
             otherwise.
-        dtype: number type the weights are loaded as: float32, bfloat16 or float16.
+        dtype: number type the weights are loaded as: float32, bfloat16, float16, or `auto` for the
+            one that the checkpoint's config.json names. It is written down in either case.
         model_config, metadata, tags, params, input_example, model_card, license_text: as in
             `phi3_mlflow.flavors.onnx.log_onnx`.
         pip_requirements: default: `packing.requirements("transformers")`.
@@ -63,8 +65,9 @@ def log_transformers(
 
     if not (checkpoint / "config.json").is_file():
         raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
+    dtype = _dtype(checkpoint) if dtype == "auto" else dtype
     if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, auto")
     config = packing.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
     info = mlflow.transformers.log_model(
         transformers_model=str(checkpoint.resolve()),
@@ -79,6 +82,12 @@ def log_transformers(
         tags=tags,
     )
     return _put_front(info, config, license_text or _licence_unknown(name))
+
+
+def _dtype(checkpoint: Path) -> str:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    # transformers 5 writes `dtype`, older ones `torch_dtype`; without either it loads as float32.
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _put_front(info: ModelInfo, config: dict[str, Any], license_text: str) -> ModelInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -292,6 +293,23 @@ def test_the_transformers_flavor_is_mlflows_own(transformers_info: Any) -> None:
     folder = _folder(transformers_info)
     assert (folder / "model_card.md").read_text().startswith("# Tiny")
     assert (folder / "LICENSE.txt").read_text() == "Do what you like.\n"
+
+
+def test_an_automatic_dtype_is_the_checkpoints_and_is_written_down(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    import torch
+
+    half = tmp_path / "half"
+    shutil.copytree(checkpoint, half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    info = log_transformers(half, name="half", dtype="auto")
+    assert info.flavors["transformers"]["torch_dtype"] == "torch.bfloat16"
+    model = mlflow.pyfunc.load_model(info.model_uri)
+    assert model.unwrap_python_model().answerer.engine._model.dtype == torch.bfloat16
+    again = mlflow.pyfunc.load_model(info.model_uri, model_config={"dtype": "float32"})
+    assert again.unwrap_python_model().answerer.engine._model.dtype == torch.float32
 
 
 def test_run_params_and_tags_are_recorded(onnx_dir: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 
 SPAIN = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
@@ -109,3 +111,24 @@ def test_an_answer_cut_by_its_length_says_so(checkpoint: Path, tmp_path: Path) -
     ours = mlflow.pyfunc.load_model(info.model_uri).predict(SPAIN)
     assert ours["usage"]["completion_tokens"] == 3
     assert ours["choices"][0]["finish_reason"] == "length"
+
+
+def test_each_row_has_its_own_parameters(
+    plain: PyFuncModel, transformers_model: PyFuncModel
+) -> None:
+    rows = pd.DataFrame([{**SPAIN, "max_tokens": n} for n in (2, 4)])
+
+    def counted(answers: list[Any]) -> list[int]:
+        return [answer["usage"]["completion_tokens"] for answer in answers]
+
+    assert counted(plain.predict(rows)) == [2, 2]
+    assert counted(transformers_model.predict(rows)) == [2, 4]
+
+
+def test_every_choice_is_answered(plain: PyFuncModel, transformers_model: PyFuncModel) -> None:
+    two = {**SPAIN, "max_tokens": 2, "n": 2}
+    with pytest.raises(
+        MlflowException, match="params provided to the `predict` method are not valid"
+    ):
+        plain.predict(two)
+    assert len(transformers_model.predict(two)["choices"]) == 2
