@@ -110,7 +110,7 @@ def quantize_checkpoint(
             bytes_out = _quantize_plain(reader, plan, settings, writer, meter)
     write_config(out, config, plan, settings)
     copy_companions(checkpoint, out)
-    return _report(plan, settings, total, bytes_out, time.monotonic() - started)
+    return make_report(plan, settings, total, bytes_out, time.monotonic() - started)
 
 
 def write_linear(writer: CheckpointWriter, plan: LinearPlan, rounded: Rounded) -> int:
@@ -140,17 +140,18 @@ def _quantize_plain(
             if isinstance(step, CopyPlan):
                 bytes_out += copy_tensor(reader, step, writer, meter)
             else:
-                bytes_out += _stream_linear(reader, step, rounder, writer, meter)
+                bytes_out += stream_linear(reader, step, rounder, writer, meter)
     return bytes_out
 
 
-def _stream_linear(
+def stream_linear(
     reader: CheckpointReader,
     plan: LinearPlan,
     rounder: Callable[..., Rounded],
     writer: CheckpointWriter,
     meter: Meter,
 ) -> int:
+    """Round a matrix some rows at a time and write it; returns the bytes."""
     import torch
 
     from phi3_mlflow.quantization.packing import pack_gptq_weight, pack_gptq_zeros
@@ -267,9 +268,10 @@ def _source_bytes(reader: CheckpointReader, step: LinearPlan | CopyPlan) -> int:
     return reader.entry(step.source if isinstance(step, LinearPlan) else step.name).nbytes
 
 
-def _report(
+def make_report(
     plan: Plan, settings: QuantizationSettings, bytes_in: int, bytes_out: int, seconds: float
 ) -> QuantizationReport:
+    """Sum up what a plan has come to."""
     counts = {4: 0, 8: 0}
     packed = 0
     for step in plan.linears():

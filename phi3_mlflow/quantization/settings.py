@@ -102,7 +102,9 @@ class QuantizationSettings(BaseModel):
 
     def is_symmetric(self) -> bool:
         """Whether int4 zero points stay in the middle, the algorithm's preference applied."""
-        return self.algorithm == "rtn" if self.symmetric is None else self.symmetric
+        if self.symmetric is None:
+            return self.algorithm == "rtn" or self.backend == "optimum"
+        return self.symmetric
 
     def projections_in_int8(self) -> tuple[str, ...]:
         """The projections that `mixed_layers` keeps in int8."""
