@@ -67,6 +67,14 @@ def check_export(onnx_dir: Path, settings: QuantizationSettings | None) -> Check
     else:
         problems += _node_problems(graph, nodes, settings, layers)
         problems += [f"{node.name} has float weights" for node in floats]
+        wanted = {
+            "fp32": "float",
+            "int4": "int4",
+            "int8": "int8",
+            "shared": f"int{settings.head_bits()} (shared)",
+        }.get(settings.embedding, _embedding(graph))
+        if _embedding(graph) != wanted:
+            problems.append(f"the embedding is {_embedding(graph)}, not {wanted}")
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])

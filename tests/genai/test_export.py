@@ -138,6 +138,19 @@ def test_a_tied_head_is_stored_once(tiny_tied: Path, tmp_path: Path) -> None:
     assert report.data_bytes < parameters * 0.8 + rotary
 
 
+@pytest.mark.parametrize("embedding", ["fp32", "int8"])
+def test_a_tied_model_can_have_an_embedding_of_its_own(
+    tiny_tied: Path, embedding: str, tmp_path: Path
+) -> None:
+    settings = QuantizationSettings(algorithm="rtn", block_size=16, embedding=embedding)
+    quantize_checkpoint(tiny_tied, tmp_path / "int4", settings)
+    export_onnx(tmp_path / "int4", tmp_path / "onnx", precision="int4")
+    report = check_export(tmp_path / "onnx", settings)
+    assert report.embedding == {"fp32": "float", "int8": "int8"}[embedding]
+    with pytest.raises(ProjectError, match=r"not int4 \(shared\)"):
+        check_export(tmp_path / "onnx", settings.model_copy(update={"embedding": "shared"}))
+
+
 def test_the_stock_builder_reads_the_quantized_checkpoint(tiny: Path, tmp_path: Path) -> None:
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
