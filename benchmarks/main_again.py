@@ -1,4 +1,4 @@
-"""How long `main` takes when there is nothing to do, through `mlflow run`, and of what that is made.
+"""How long `main` takes when there is nothing to do, and of what that is made.
 
     python benchmarks/main_again.py [PROFILE]
 
