@@ -19,6 +19,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +42,7 @@ class Reply:
         send_only: stop after so many bytes of the body and close.
         reset: close with a reset instead of an orderly end.
         drip_s: send one byte at a time with so many seconds between.
+        rate: bytes a second, 0 for as fast as it goes.
         pause_s: wait so long before the first byte.
         linger_s: keep the connection open so long after the last byte.
         chunked: send without Content-Length, in chunks; `send_only` leaves it unfinished.
@@ -53,6 +55,7 @@ class Reply:
     send_only: int | None = None
     reset: bool = False
     drip_s: float = 0.0
+    rate: float = 0.0
     pause_s: float = 0.0
     linger_s: float = 0.0
     chunked: bool = False
@@ -326,6 +329,12 @@ def _server(hub: HubServer, kind: str) -> ThreadingHTTPServer:
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 if reply.send_only is None:
                     self.wfile.write(b"0\r\n\r\n")
+                return
+            if reply.rate:
+                started, view = time.monotonic(), memoryview(body)
+                for start in range(0, len(body), 1 << 18):
+                    self.wfile.write(view[start : start + (1 << 18)])
+                    hub._stop.wait(max(0.0, started + start / reply.rate - time.monotonic()))
                 return
             if not reply.drip_s:
                 self.wfile.write(body)
