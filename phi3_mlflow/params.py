@@ -44,6 +44,8 @@ class Parameter:
 _ALL = (
     Parameter("profile", "a name in configs/, or the path of a YAML file", "smollm2-135m"),
     Parameter("source", "where the checkpoint comes from", profile_key="source"),
+    Parameter("time_limit_s", "seconds that the download may take", profile_key="time_limit_s"),
+    Parameter("lock", "a file to write the pinned source and the hashes of its files to"),
     Parameter("flavor", "onnx, transformers or both", profile_key="flavor"),
     Parameter("contract", "chat, or prompt (ONNX flavor only)", profile_key="contract"),
     Parameter("precision", "int4 or fp32, of the ONNX flavor", profile_key="precision"),

@@ -117,6 +117,11 @@ class Profile(Settings):
     sha256: dict[str, Sha256] = Field(
         default_factory=dict, description="file name: hash that the source must deliver"
     )
+    remote_code: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="a configuration that leads to code: refuse it, or drop what leads there",
+    )
+    time_limit_s: float = Field(default=6 * 3600, gt=0, description="seconds a fetch may take")
     context_length: int = Field(ge=16, description="tokens")
     flavor: Flavor = "onnx"
     contract: Contract = "chat"

@@ -56,6 +56,7 @@ class Work:
         run: the MLflow run of the step.
         store: the cache, for downloads.
         key: the output's cache key, the same for the same work.
+        settings: the typed values that decide the output, as they went into the key.
         metrics: figures to log and keep with the output.
     """
 
@@ -65,6 +66,7 @@ class Work:
     run: StepRun
     store: Store
     key: str
+    settings: Mapping[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
 
     def record(self, content: Mapping[str, Any]) -> None:
@@ -217,7 +219,8 @@ def _do(planned: Plan, run: StepRun, store: Store) -> Entry:
         "time": time.time(),
     }
     with store.building(step.name, planned.key, origin) as out:
-        work = Work(planned.request, planned.inputs, out, run, store, planned.key)
+        settings = planned.parts["settings"]
+        work = Work(planned.request, planned.inputs, out, run, store, planned.key, settings)
         step.work(work)
         origin["metrics"] = dict(work.metrics)
         origin["cost"] = run.cost()

@@ -137,21 +137,21 @@ def resolve_revision(
     raise TypeError(f"{type(spec).__name__} is no source")
 
 
-def write_lock(fetched: FetchedSource) -> str:
+def write_lock(source: str, revision: str, lock: Mapping[str, str]) -> str:
     """The lock of what was fetched, as YAML to put into a profile.
 
     Args:
-        fetched: from `fetch_source`.
+        source: the profile's.
+        revision, lock: of the `FetchedSource`.
 
     Returns:
         A mapping `sha256:` from file name to digest, preceded by the source pinned to a commit.
     """
     import yaml
 
-    source = fetched.source
     if source.startswith("hf:"):
-        source = f"{source.rpartition('@')[0]}@{fetched.revision}"
-    content = {"source": source, "sha256": dict(sorted(fetched.lock.items()))}
+        source = f"{source.rpartition('@')[0]}@{revision}"
+    content = {"source": source, "sha256": dict(sorted(lock.items()))}
     return yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
 
 

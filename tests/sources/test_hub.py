@@ -83,7 +83,10 @@ def test_a_branch_is_resolved_to_the_commit(scene: Scene) -> None:
     assert fetched.revision == COMMIT
     commits = {request.path.split("/")[4] for request in scene.server.asked("resolve")}
     assert commits == {COMMIT}, "a branch may move between two files"
-    assert yaml.safe_load(write_lock(fetched))["source"] == f"hf:{REPO}@{COMMIT}"
+    assert (
+        yaml.safe_load(write_lock(fetched.source, fetched.revision, fetched.lock))["source"]
+        == f"hf:{REPO}@{COMMIT}"
+    )
 
 
 def test_resolving_asks_only_when_it_must(
@@ -101,7 +104,8 @@ def test_resolving_asks_only_when_it_must(
 
 
 def test_a_written_lock_is_taken_back(scene: Scene) -> None:
-    lock = yaml.safe_load(write_lock(scene.fetch()))
+    first = scene.fetch()
+    lock = yaml.safe_load(write_lock(first.source, first.revision, first.lock))
     empty(scene.out)
     scene.lock, scene.source = lock["sha256"], lock["source"]
     scene.fetch()
