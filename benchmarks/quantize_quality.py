@@ -114,7 +114,7 @@ def main() -> None:
         export_onnx(int4, onnx, precision="int4", accuracy_level=settings.accuracy_level)
         seconds = time.monotonic() - started
         report = check_export(onnx, settings)
-        found = compare(reference, OnnxLogits(onnx, args.window), texts, args.window).metrics()
+        found = compare(reference, OnnxLogits(onnx), texts, args.window).metrics()
         table.append(
             [
                 name,
