@@ -28,6 +28,9 @@ from phi3_mlflow.sources.spec import parse_source
 
 PROFILE_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
+CALIBRATION = PROFILE_DIRECTORY.parent / "data" / "calibration.jsonl"
+_FOR_EVERY_ALGORITHM = ("algorithm", "block_size", "head", "embedding", "accuracy_level")
+
 Flavor = Literal["onnx", "transformers", "both"]
 Precision = Literal["int4", "fp32"]
 Contract = Literal["chat", "prompt"]
@@ -225,8 +228,10 @@ def load_profile(
     content = _read_yaml(file)
     content.setdefault("name", file.stem)
     content.setdefault("registered_model", content["name"])
+    _another_algorithm(content, overrides.get("quantization.algorithm"))
     for key, value in overrides.items():
         _lay_over(content, key, value)
+    _find_calibration(content, file)
     found: list[str] = list(problems)
     try:
         profile = Profile.model_validate(content)
@@ -245,6 +250,26 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file.name}: expected a mapping of keys, found {type(content).__name__}")
     return content
+
+
+def _another_algorithm(content: dict[str, Any], algorithm: str | int | None) -> None:
+    """Where a parameter chooses another algorithm, leave out what the file says for its own."""
+    chosen = content.get("quantization")
+    if algorithm is None or not isinstance(chosen, dict) or chosen.get("algorithm") == algorithm:
+        return
+    content["quantization"] = {k: v for k, v in chosen.items() if k in _FOR_EVERY_ALGORITHM}
+
+
+def _find_calibration(content: dict[str, Any], file: Path) -> None:
+    """GPTQ without texts takes the project's; a relative file counts from the profile's folder."""
+    chosen = content.get("quantization")
+    if not isinstance(chosen, dict):
+        return
+    named = chosen.get("calibration")
+    if isinstance(named, str):
+        chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())
+    elif named is None and chosen.get("algorithm") == "gptq":
+        chosen["calibration"] = str(CALIBRATION)
 
 
 def _lay_over(content: dict[str, Any], dotted: str, value: str | int) -> None:

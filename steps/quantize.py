@@ -50,9 +50,15 @@ def settings(request: Request) -> dict[str, Any]:
 
 
 def work(work: Work) -> None:
+    from phi3_mlflow.quantization.preflight import preflight
     from phi3_mlflow.quantization.quantize import quantize_checkpoint
 
     checkpoint = work.inputs["checkpoint"].path
+    needed = preflight(checkpoint, work.request.profile.quantization, work.out)
+    console.say(
+        f"  this and the export need {needed.memory / 1e9:.1f} GB of memory and "
+        f"{needed.disk / 1e9:.1f} GB of disk; there is enough"
+    )
     report = quantize_checkpoint(
         checkpoint, work.out, work.request.profile.quantization, console.progress
     )

@@ -52,6 +52,25 @@ def test_parameters_come_before_the_file(tmp_path: Path) -> None:
     assert request.profile.flavor == "onnx"
 
 
+def test_another_algorithm_does_not_inherit_what_was_meant_for_the_files_own(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "texts.txt").write_text("text")
+    quantization = {"algorithm": "gptq", "calibration": "texts.txt", "head": "int8"}
+    name = write(tmp_path, quantization=quantization)
+    chosen = load_profile(name).quantization
+    assert chosen.calibration == tmp_path / "texts.txt"
+    chosen = load_profile(name, {"quantization.algorithm": "rtn"}).quantization
+    assert (chosen.algorithm, chosen.head, chosen.calibration) == ("rtn", "int8", None)
+
+
+def test_gptq_without_texts_takes_those_that_come_with_the_project(tmp_path: Path) -> None:
+    chosen = load_profile(write(tmp_path), {"quantization.algorithm": "gptq"}).quantization
+    assert chosen.calibration is not None
+    assert chosen.calibration.name == "calibration.jsonl"
+    assert chosen.calibration.is_file()
+
+
 def refusal(name: str, **values: str) -> str:
     with pytest.raises(UserError) as caught:
         read_request(PARAMETERS, {"profile": name, **values})
