@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from phi3_mlflow.evaluation.figures import readable
 from phi3_mlflow.profiles import Profile
 
 _ALGORITHMS = {
@@ -16,7 +17,10 @@ _ALGORITHMS = {
 
 
 def model_card(
-    profile: Profile, tags: Mapping[str, str], figures: Mapping[str, float] | None = None
+    profile: Profile,
+    tags: Mapping[str, str],
+    figures: Mapping[str, float] | None = None,
+    hardware: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -24,6 +28,7 @@ def model_card(
         profile: what the model is.
         tags: the version's tags.
         figures: what was measured, once it has been.
+        hardware: what it was measured on.
     """
     algorithm = tags.get("algorithm", "none")
     lines = [
@@ -49,5 +54,7 @@ def model_card(
     ]
     if figures:
         lines += ["", "| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
+        lines += [f"| {name} | {text} |" for name, text in readable(figures)]
+        if hardware:
+            lines += ["", f"Measured on {hardware}."]
     return "\n".join(lines) + "\n"

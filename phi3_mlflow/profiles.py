@@ -81,12 +81,27 @@ class Bound(Settings):
         return self
 
 
+class Margin(Settings):
+    """By how much a metric may be worse than the champion's."""
+
+    by: float | None = Field(default=None, ge=0, description="in the metric's own unit")
+    percent: float | None = Field(default=None, ge=0, description="of the champion's value")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Margin:
+        if (self.by is None) == (self.percent is None):
+            raise ValueError("give either by (in the metric's unit) or percent")
+        return self
+
+
 METRICS = (
     "perplexity",
     "perplexity_ratio",
     "kl_mean",
     "top1_agreement",
     "accuracy",
+    "endless_rate",
+    "repetition_rate",
     "tokens_per_second",
     "time_to_first_token_s",
     "peak_memory_bytes",
@@ -94,14 +109,24 @@ METRICS = (
 )
 
 
+def _default_margins() -> dict[str, Margin]:
+    return {"accuracy": Margin(by=0.05), "kl_mean": Margin(percent=10)}
+
+
 class GateSettings(Settings):
-    """The thresholds a version must keep to before the alias `champion` moves to it."""
+    """What a version must keep to before the alias `champion` moves to it."""
 
-    thresholds: dict[str, Bound] = Field(default_factory=dict)
+    thresholds: dict[str, Bound] = Field(
+        default_factory=dict, description="bounds that hold whatever the champion is like"
+    )
+    champion: dict[str, Margin] = Field(
+        default_factory=_default_margins,
+        description="by how much it may be worse than the champion; {} compares nothing",
+    )
 
-    @field_validator("thresholds")
+    @field_validator("thresholds", "champion")
     @classmethod
-    def _known_metrics(cls, value: dict[str, Bound]) -> dict[str, Bound]:
+    def _known_metrics(cls, value: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(value) - set(METRICS))
         if unknown:
             raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")

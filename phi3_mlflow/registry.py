@@ -7,15 +7,18 @@ A version is never changed after it was registered but for its tags and descript
 from __future__ import annotations
 
 import getpass
+import random
 import re
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from phi3_mlflow.errors import GateRefused, UserError
+from phi3_mlflow.errors import EnvironmentProblem, GateRefused, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +38,12 @@ VERSION_TAGS = (
     "artifact_sha256",
     "git_commit",
 )
+GATE_AGAINST = "gate_against"
+"""The tag that holds the champion a version was compared with, as a version number."""
+NO_CHAMPION = "none"
+CLAIM = "promotion_claim"
+_CLAIM_SECONDS = 30  # a move takes well under a second
+_SHORTEST_WAIT = 0.1
 _TAG_LIMIT = 4000  # a registry tag's value may not be longer
 
 
@@ -179,6 +188,36 @@ def find_version(text: str, name: str) -> VersionName:
     return VersionName(model, number)
 
 
+def content(version: VersionName) -> str:
+    """What a version holds: the sha256 of its artifact, empty when it was registered without."""
+    return str(describe(version).tags.get("artifact_sha256", ""))
+
+
+def same_content(one: VersionName, other: VersionName) -> bool:
+    """Whether two versions are the same model, registered twice."""
+    return bool(content(one)) and content(one) == content(other)
+
+
+def number_of(uri: str | None) -> str:
+    """The version in `models:/NAME/NUMBER`, or `NO_CHAMPION`."""
+    return uri.rpartition("/")[2] if uri else NO_CHAMPION
+
+
+def champion_to_beat(version: VersionName) -> VersionName | None:
+    """The version that a candidate is compared with.
+
+    It is the champion. A candidate that became champion itself is compared with the one it was
+    compared with before that, so that its verdict does not change by having been acted on.
+    """
+    champion = alias_of(version.name, CHAMPION)
+    if champion == version.version:
+        champion = describe(version).tags.get(GATE_AGAINST, NO_CHAMPION)
+    if champion is None or champion in (NO_CHAMPION, version.version):
+        return None
+    found = VersionName(version.name, champion)
+    return found if exists(found) else None
+
+
 @dataclass(frozen=True)
 class Promotion:
     """What became of a promotion."""
@@ -205,7 +244,7 @@ def promote(version: VersionName, *, force: bool) -> Promotion:
         force: move it whatever the gate said; recorded as forced.
 
     Raises:
-        UserError: the version has not been evaluated.
+        UserError: the version has not been evaluated, or against another champion than there is.
         GateRefused: the gate said no; the alias stays.
     """
     with _promotion_lock(version.name):
@@ -225,9 +264,39 @@ def promote(version: VersionName, *, force: bool) -> Promotion:
             )
         if before == version.version:
             return Promotion(version, before, False, "it was the champion already")
-        reason = "the gate passed" if gate == "passed" else f"forced; the gate: {gate or 'not run'}"
-        _move(version, before, reason, forced=gate != "passed")
+        champion = VersionName(version.name, before) if before else None
+        if champion and not force and (reason := _reason_to_stay(version, champion, tags)):
+            return Promotion(champion, before, False, reason)
+        decided = gate == "passed" and tags.get("gate_decision", "promote") == "promote"
+        decided = decided and tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
+        why = tags.get("gate_reasons") or "the gate passed"
+        reason = why if decided else f"forced; the gate: {gate or 'not run'}"
+        with _claimed(version.name):
+            _move(version, before, reason, forced=not decided)
         return Promotion(version, before, True, reason)
+
+
+def _reason_to_stay(
+    version: VersionName, champion: VersionName, tags: Mapping[str, str]
+) -> str | None:
+    """Why a version that keeps to the thresholds does not take the champion's place.
+
+    Raises:
+        UserError: it was not compared with the champion there is.
+    """
+    if same_content(version, champion):
+        return f"{version.uri} is the same model"
+    compared = tags.get(GATE_AGAINST, NO_CHAMPION)
+    if compared != champion.version:
+        with_what = "no champion" if compared == NO_CHAMPION else f"version {compared}"
+        raise UserError(
+            f"{version.uri} was compared with {with_what}, but the {CHAMPION} is now version "
+            f"{champion.version}: the verdict says nothing about the two.\n"
+            f"Run  mlflow run . -e evaluate -P version={version.uri}  again, or force=true."
+        )
+    if tags.get("gate_decision") == "keep":
+        return f"{version.uri} is not promoted: {tags.get('gate_reasons', '')}"
+    return None
 
 
 def rollback(name: str) -> Promotion:
@@ -248,15 +317,26 @@ def rollback(name: str) -> Promotion:
                 "roll back to"
             )
         target = VersionName(name, before)
-        # The way further back is kept: the target keeps its own `promoted_from`.
-        _move(target, current, f"rollback from version {current}", forced=False, keep_from=True)
+        with _claimed(name):
+            # The way further back is kept: the target keeps its own `promoted_from`.
+            _move(target, current, f"rollback from version {current}", forced=False, keep_from=True)
         return Promotion(target, current, True, f"rolled back from version {current}")
 
 
 def _move(
     version: VersionName, before: str | None, reason: str, *, forced: bool, keep_from: bool = False
 ) -> None:
-    """Move the alias; tags first, so that an alias never stands on a version without a reason."""
+    """Move the alias; tags first, so that an alias never stands on a version without a reason.
+
+    Raises:
+        EnvironmentProblem: the alias is not where it was when the decision was made.
+    """
+    now = alias_of(version.name, CHAMPION)
+    if now != before:
+        raise EnvironmentProblem(
+            f"the alias {CHAMPION} of {version.name} moved from version {before or 'none'} to "
+            f"{now or 'none'} while this promotion was at work; nothing was changed. Run it again."
+        )
     tags = {
         "promoted_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "promoted_by": f"{_user()}@{socket.gethostname()}",
@@ -267,6 +347,12 @@ def _move(
         tags["promoted_from"] = before or ""
     set_tags(version, tags)
     client().set_registered_model_alias(version.name, CHAMPION, version.version)
+    if (now := alias_of(version.name, CHAMPION)) != version.version:
+        raise EnvironmentProblem(
+            f"the alias {CHAMPION} of {version.name} was given to version {version.version}, but "
+            f"stands on {now or 'none'}: somebody else moved it in the same moment, without taking "
+            "turns. Look at both, and promote again the one you want."
+        )
 
 
 def _user() -> str:
@@ -289,6 +375,54 @@ def _promotion_lock(name: str) -> Iterator[None]:
     key = key_of({"registry": connect(), "name": name})
     with FileLock(str(locks / f"promote-{key}.lock")):
         yield
+
+
+@contextmanager
+def _claimed(name: str) -> Iterator[None]:
+    """One move of a registered model's alias at a time, among all machines that share a registry.
+
+    MLflow's registry has no compare-and-set, so this is Fischer's algorithm on a tag of the
+    registered model: wait until nobody claims it, write one's own name, wait longer than a write
+    takes, and go on if the name still stands. It holds as long as no write takes longer than that
+    wait, which is measured anew each time; `_move` looks at the alias before and after, so that a
+    breach is reported and never silent. A claim whose owner died is void after a while.
+
+    Raises:
+        EnvironmentProblem: others held the claim for too long.
+    """
+    mine = uuid.uuid4().hex
+    end = time.monotonic() + 4 * _CLAIM_SECONDS
+    while time.monotonic() < end:
+        if _claim_of(name):
+            time.sleep(random.uniform(0.05, 0.2))
+            continue
+        start = time.monotonic()
+        client().set_registered_model_tag(name, CLAIM, f"{mine} {time.time():.3f}")
+        time.sleep(max(_SHORTEST_WAIT, 5 * (time.monotonic() - start)))
+        if (_claim_of(name) or "").startswith(mine):
+            break
+    else:
+        raise EnvironmentProblem(
+            f"others are promoting versions of {name}; gave up after {4 * _CLAIM_SECONDS} s. "
+            f"If nobody is, remove the tag {CLAIM} of the registered model."
+        )
+    try:
+        yield
+    finally:
+        if (_claim_of(name) or "").startswith(mine):
+            client().delete_registered_model_tag(name, CLAIM)
+
+
+def _claim_of(name: str) -> str | None:
+    """Who is moving the alias: a claim that is not void yet."""
+    claim = client().get_registered_model(name).tags.get(CLAIM)
+    if not claim:
+        return None
+    try:
+        age = time.time() - float(claim.split()[1])
+    except (IndexError, ValueError):
+        return None
+    return str(claim) if age < _CLAIM_SECONDS else None
 
 
 def _is_missing(error: Any) -> bool:

@@ -2,14 +2,17 @@
 
     mlflow run . -e evaluate -P profile=smollm2-135m
     python -m steps.evaluate --profile smollm2-135m --version 3 --size full
+    python -m steps.evaluate --questions mine.csv
 
 Measured: perplexity, KL divergence and top-1 agreement on held-out text, the share of questions
-answered right, tokens per second and peak memory. The profile's thresholds decide; the version
-gets the tag `gate` and the reasons, the run the figures, every answer and the verdict.
+answered right, speed, memory. The profile's thresholds and the comparison with the champion, on
+the same questions and texts, decide. The version gets the tag `gate` and the reasons; the run the
+figures, every answer, the verdict as JSON and JUnit XML, and report.html, which needs no network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from phi3_mlflow import console, registry
 from phi3_mlflow.card import model_card
 from phi3_mlflow.cli import run_script
 from phi3_mlflow.evaluation import datasets
+from phi3_mlflow.evaluation.figures import HEADLINE
+from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
 from phi3_mlflow.params import AUTO, Request
 from phi3_mlflow.step import (
     Input,
@@ -38,10 +43,17 @@ def inputs(request: Request, store: Store) -> dict[str, Input]:
         text = request.value("checkpoint")
         reference = directory_input("checkpoint", text, "a Hugging Face checkpoint")
     versions = _versions(request, store)
-    uris = [version.uri for version in versions]
-    contents = [registry.describe(version).tags.get("artifact_sha256", "") for version in versions]
-    digest = " ".join(f"{uri}#{content}" for uri, content in zip(uris, contents, strict=True))
-    return {"version": Input(" ".join(uris), digest), "checkpoint": reference}
+    champions = [registry.champion_to_beat(version) for version in versions]
+    return {
+        "version": _input(versions),
+        "champion": _input([champion for champion in champions if champion]),
+        "checkpoint": reference,
+    }
+
+
+def _input(versions: Sequence[registry.VersionName]) -> Input:
+    digest = " ".join(f"{version.uri}#{registry.content(version)}" for version in versions)
+    return Input(" ".join(version.uri for version in versions), digest)
 
 
 def _versions(request: Request, store: Store) -> list[registry.VersionName]:
@@ -62,53 +74,69 @@ def _source(setting: str) -> str | None:
     return None if setting == AUTO else setting
 
 
-def questions(request: Request) -> list[datasets.Question]:
+def questions(request: Request) -> list[Question]:
     chosen = request.profile.evaluation
     return datasets.load_questions(_source(chosen.questions), quick=chosen.size == "quick")
 
 
-def texts(request: Request) -> list[datasets.HeldoutText]:
+def texts(request: Request) -> list[HeldoutText]:
     chosen = request.profile.evaluation
     return datasets.load_heldout(_source(chosen.texts), quick=chosen.size == "quick")
 
 
+def needles(request: Request) -> list[Needle]:
+    """Long prompts, which take minutes: in size full only, not beside a user's own questions."""
+    chosen = request.profile.evaluation
+    asked = chosen.size == "full" and chosen.questions == AUTO
+    return datasets.load_needles() if asked else []
+
+
 def settings(request: Request) -> dict[str, Any]:
+    from phi3_mlflow.evaluation.measure import Sets
+
     profile = request.profile
+    context = profile.runtime.max_context or profile.context_length
+    sets = Sets(questions(request), texts(request), needles(request), context)
+    gate = profile.gate.model_dump(mode="json", exclude_none=True)
     return {
         "window": profile.evaluation.window,
-        "questions_sha256": datasets.digest(questions(request)),
-        "texts_sha256": datasets.digest(texts(request)),
-        "thresholds": profile.gate.model_dump(mode="json", exclude_none=True)["thresholds"],
+        **sets.digests(),
+        "thresholds": gate["thresholds"],
+        "champion_margins": gate["champion"],
         "tracking": tracking_identity(),
     }
 
 
 def work(work: Work) -> None:
-    from phi3_mlflow.evaluation.measure import measure
+    import mlflow
 
-    request = work.request
-    uris = work.inputs["version"].location.split()
-    results = {}
-    for uri in uris:
-        console.say(f"  {uri}")
-        results[uri] = measure(
-            uri,
-            reference=work.inputs["checkpoint"].path,
-            texts=texts(request),
-            questions=questions(request),
-            window=request.profile.evaluation.window,
-            thresholds=request.profile.gate.thresholds,
-            out=work.out / Path(uri).name,
-        )
-        for reason in results[uri].verdict.reasons:
-            console.say(f"  gate: {reason}")
-    work.metrics.update(results[uris[0]].metrics)
-    work.record(
-        {
-            "run_id": work.run.run_id,
-            "versions": {uri: result.to_dict() for uri, result in results.items()},
-        }
+    from phi3_mlflow.evaluation.evaluate import Evaluator
+
+    request, profile = work.request, work.request.profile
+    context = profile.runtime.max_context or profile.context_length
+    evaluator = Evaluator(
+        profile=profile,
+        reference=work.inputs["checkpoint"].path,
+        reference_digest=work.inputs["checkpoint"].digest,
+        questions=questions(request),
+        texts=texts(request),
+        needles=needles(request),
+        context=context,
+        store=work.store,
+        fresh=request.flag("force"),
     )
+    versions = {}
+    for uri in work.inputs["version"].location.split():
+        console.say(f"  {uri}")
+        version = registry.find_version(uri, profile.registered_model)
+        result = evaluator.evaluate(version, work.out / Path(uri).name)
+        versions[uri] = result.record()
+        for name, figure in result.figures.items():
+            mlflow.log_figure(figure, f"figures/version-{version.version}/{name}.png")
+        console.say(f"  gate: {result.verdict.decision}: {result.verdict.why}")
+        if not work.metrics:
+            work.metrics.update(result.measurement.metrics)
+    work.record({"run_id": work.run.run_id, "versions": versions, "hardware": evaluator.hardware})
     work.run.log_evaluation(work.out, questions(request), texts(request))
 
 
@@ -118,39 +146,35 @@ def after(request: Request, entry: Entry) -> None:
     for uri, result in record["versions"].items():
         version = registry.find_version(uri, request.profile.registered_model)
         verdict = result["verdict"]
-        reasons = [check["reason"] for check in verdict["checks"] if not check["passed"]]
-        headline = {key: f"{result['metrics'][key]:.4g}" for key in HEADLINE}
+        checks = [check for check in verdict["checks"] if not check["passed"]]
+        checks += [check for check in verdict["comparisons"] if check["state"] == "worse"]
+        figures = {key: result["metrics"][key] for key in HEADLINE if key in result["metrics"]}
         registry.set_tags(
             version,
             {
                 "gate": "passed" if verdict["passed"] else "failed",
-                "gate_reasons": "\n".join(reasons),
+                "gate_decision": verdict["decision"],
+                "gate_reasons": "\n".join(check["reason"] for check in checks) or verdict["why"],
+                registry.GATE_AGAINST: registry.number_of(verdict["against"]),
                 "evaluation_run": record["run_id"],
-                **headline,
+                **{key: _plain(value) for key, value in figures.items()},
             },
         )
-        figures = {key: result["metrics"][key] for key in HEADLINE}
-        registry.set_description(
-            version, model_card(request.profile, registry.describe(version).tags, figures)
+        card = model_card(
+            request.profile, registry.describe(version).tags, figures, record["hardware"]
         )
+        registry.set_description(version, card)
 
 
-HEADLINE = (
-    "accuracy",
-    "perplexity",
-    "perplexity_reference",
-    "kl_mean",
-    "top1_agreement",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "size_bytes",
-)
+def _plain(value: float) -> str:
+    """A number that programs can read, too."""
+    return str(int(value)) if value.is_integer() else f"{value:.4g}"
 
 
 def headline_metrics(record: dict[str, Any]) -> dict[str, float]:
     """The figures of the first version, for the console."""
-    result = next(iter(record["versions"].values()))
-    return {key: result["metrics"][key] for key in HEADLINE}
+    metrics = next(iter(record["versions"].values()))["metrics"]
+    return {key: metrics[key] for key in HEADLINE if key in metrics}
 
 
 STEP = Step(

@@ -4,7 +4,8 @@
     python -m steps.promote --profile smollm2-135m --action rollback
 
 Ends with code 3, the alias untouched, when the gate said no. `force=true` moves it all the same
-and is recorded as forced. A version that is champion already stays so.
+and is recorded as forced. A version that is champion already stays so, and so does a champion
+that the version is not shown to match.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def work(work: Work) -> None:
             work.inputs["version"].location, request.profile.registered_model
         )
         done = registry.promote(version, force=request.flag("force"))
-    state = "is now" if done.moved else "is"
+    state = "is now" if done.moved else "stays"
     console.say(f"  {registry.CHAMPION} {state} {done.champion.uri}: {done.reason}")
     work.record(done.record())
 

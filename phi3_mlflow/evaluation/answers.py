@@ -1,23 +1,31 @@
 """Ask a logged model the questions of a set, in a process of its own, and measure what it costs.
 
-The process holds nothing but the model, so its peak memory is what serving it takes.
+The process holds nothing but the model, so its peak memory is what serving it takes. Answers are
+streamed where the model can, for the time to the first piece.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.console import Progress
 from phi3_mlflow.errors import EnvironmentProblem
 from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.rows import Question
+from phi3_mlflow.evaluation.statistics import quantile
 
 _BATCH = 4
+_LOOP_WORDS = 4  # a loop is told by runs of this many words that were there before
+_LOOP_SHARE = 0.4
+_SHORT_ANSWER = 16  # words; a shorter answer has no room for a loop
+NEEDLE = "needle_"
+"""Categories of long prompts begin with this; they are counted apart from the questions."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,10 @@ class Answer:
 
     Attributes:
         seconds: from the request to the whole answer.
+        first_seconds: from the request to the first piece, None when it could not be streamed.
         completion_tokens: how many tokens the answer has.
         finish_reason: `stop`, or `length` when the limit cut it off.
+        repeats: the answer goes round in circles.
     """
 
     question_id: str
@@ -35,11 +45,19 @@ class Answer:
     text: str
     correct: bool
     seconds: float
+    first_seconds: float | None
+    prompt_tokens: int
     completion_tokens: int
     finish_reason: str
+    repeats: bool
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second over the whole answer."""
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -51,33 +69,56 @@ class Answers:
     peak_memory_bytes: int
 
     def metrics(self) -> dict[str, float]:
-        """`accuracy` and `accuracy.CATEGORY` (shares), `tokens_per_second` (median over the
-        questions), `endless_rate` (share cut off), `load_time_s`, `peak_memory_bytes`."""
-        rates = [a.completion_tokens / a.seconds for a in self.answers if a.completion_tokens]
+        """What `phi3_mlflow.evaluation.figures` names, as far as answers tell it.
+
+        `accuracy`, the rates and the speeds count the questions; long prompts with a needle are in
+        `needle_accuracy` and in `accuracy.CATEGORY` only.
+        """
+        asked = [a for a in self.answers if not a.category.startswith(NEEDLE)]
+        needles = [a for a in self.answers if a.category.startswith(NEEDLE)]
+        # One token is no speed: it is all waiting for the prompt.
+        rates = [a.rate for a in asked if a.completion_tokens > 1]
+        first = [a.first_seconds for a in asked if a.first_seconds is not None]
         metrics = {
-            "accuracy": _share(a.correct for a in self.answers),
-            "tokens_per_second": statistics.median(rates) if rates else 0.0,
-            "endless_rate": _share(a.finish_reason == "length" for a in self.answers),
+            "accuracy": _share([a.correct for a in asked]),
+            "tokens_per_second": quantile(rates, 0.5),
+            "tokens_per_second_p95": quantile(rates, 0.05),
+            "latency_s": quantile([a.seconds for a in asked], 0.5),
+            "latency_p95_s": quantile([a.seconds for a in asked], 0.95),
+            "endless_rate": _share([a.finish_reason == "length" for a in asked]),
+            "repetition_rate": _share([a.repeats for a in asked]),
             "load_time_s": self.load_seconds,
             "peak_memory_bytes": float(self.peak_memory_bytes),
         }
+        if first:
+            metrics["time_to_first_token_s"] = quantile(first, 0.5)
+            metrics["time_to_first_token_p95_s"] = quantile(first, 0.95)
+        if needles:
+            metrics["needle_accuracy"] = _share([a.correct for a in needles])
         for category in sorted({a.category for a in self.answers}):
-            metrics[f"accuracy.{category}"] = _share(
-                a.correct for a in self.answers if a.category == category
-            )
+            right = [a.correct for a in self.answers if a.category == category]
+            metrics[f"accuracy.{category}"] = _share(right)
         return metrics
 
 
-def _share(flags: Any) -> float:
-    values = list(flags)
-    return sum(values) / len(values) if values else 0.0
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def repeats(text: str) -> bool:
+    """Whether a text goes round in circles: most of it has been said before, word for word."""
+    words = text.lower().split()
+    if len(words) < _SHORT_ANSWER:
+        return False
+    runs = [tuple(words[i : i + _LOOP_WORDS]) for i in range(len(words) - _LOOP_WORDS + 1)]
+    return 1 - len(set(runs)) / len(runs) >= _LOOP_SHARE
 
 
 def ask(model_uri: str, questions: Sequence[Question], progress: Progress) -> Answers:
     """Ask a model every question, greedily.
 
     Args:
-        model_uri: any URI that `mlflow.pyfunc.load_model` takes, of the chat contract.
+        model_uri: any URI that `mlflow.pyfunc.load_model` takes, of the chat or prompt contract.
         questions: what to ask.
         progress: counts the questions.
 
@@ -102,54 +143,114 @@ def ask(model_uri: str, questions: Sequence[Question], progress: Progress) -> An
             f"the process that held {model_uri} died while it was being evaluated; the usual "
             "reason is too little memory. Close other programs, or take a smaller profile."
         ) from error
-    return Answers(tuple(answers), load_seconds, peak)
+    checked = (
+        replace(answer, correct=check_answer(question.check, answer.text))
+        for question, answer in zip(questions, answers, strict=True)
+    )
+    return Answers(tuple(checked), load_seconds, peak)
 
 
-_model: Any = None
+class _Asked:
+    """The model in its process, whichever contract it answers."""
+
+    def __init__(self, model_uri: str) -> None:
+        import mlflow
+
+        self.model = mlflow.pyfunc.load_model(model_uri)
+        inputs = self.model.metadata.get_input_schema()
+        self.prompts = inputs is not None and inputs.input_names() == ["prompt"]
+        self._uri = model_uri
+        self._tokenizer: Any = None
+
+    def answer(self, question: Question) -> Answer:
+        messages = [message.model_dump() for message in question.messages]
+        start = time.monotonic()
+        if self.prompts:
+            text, usage, finish, first = self._prompt(messages, question.max_tokens, start)
+        else:
+            text, usage, finish, first = self._chat(messages, question.max_tokens, start)
+        seconds = time.monotonic() - start
+        return Answer(
+            question_id=question.id,
+            category=question.category,
+            text=text,
+            correct=False,  # checked outside: this process is only the model's
+            seconds=seconds,
+            first_seconds=first,
+            prompt_tokens=int(usage["prompt_tokens"]),
+            completion_tokens=int(usage["completion_tokens"]),
+            finish_reason=finish,
+            repeats=repeats(text),
+        )
+
+    def _chat(
+        self, messages: list[dict[str, Any]], limit: int, start: float
+    ) -> tuple[str, dict[str, int], str, float | None]:
+        request = {"messages": messages, "max_tokens": limit, "temperature": 0.0}
+        pieces: list[str] = []
+        usage, finish, first = {"prompt_tokens": 0, "completion_tokens": 0}, "stop", None
+        for chunk in self.model.predict_stream(request):
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                piece = choice["delta"].get("content")
+                finish = choice.get("finish_reason") or finish
+                if piece:
+                    pieces.append(piece)
+                    first = first or time.monotonic() - start
+        return "".join(pieces), usage, finish, first
+
+    def _prompt(
+        self, messages: list[dict[str, Any]], limit: int, start: float
+    ) -> tuple[str, dict[str, int], str, float | None]:
+        """A text in and a text out: the chat template is applied here, the tokens counted here."""
+        tokenizer = self._tokens()
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        pieces, first = [], None
+        params = {"max_tokens": limit, "temperature": 0.0}
+        for piece in self.model.predict_stream({"prompt": prompt}, params):
+            pieces.append(piece)
+            first = first or time.monotonic() - start
+        text = "".join(pieces)
+        made = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        usage = {"prompt_tokens": len(tokenizer(prompt)["input_ids"]), "completion_tokens": made}
+        return text, usage, "length" if made >= limit else "stop", first
+
+    def _tokens(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            from phi3_mlflow.evaluation.logits import find_model, local_files
+
+            folder = find_model(local_files(self._uri))
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return self._tokenizer
+
+
+_asked: _Asked | None = None
 
 
 def _load(model_uri: str) -> float:
-    global _model
-    import mlflow
-
+    global _asked
     from phi3_mlflow.tracking import connect
 
     connect()
     start = time.monotonic()
-    _model = mlflow.pyfunc.load_model(model_uri)
+    _asked = _Asked(model_uri)
     return time.monotonic() - start
 
 
 def _ask(questions: list[Question]) -> list[Answer]:
-    answers = []
-    for question in questions:
-        request = {
-            "messages": [message.model_dump() for message in question.messages],
-            "max_tokens": question.max_tokens,
-            "temperature": 0.0,
-        }
-        start = time.monotonic()
-        result = _model.predict(request)
-        seconds = time.monotonic() - start
-        # The transformers flavor answers a list with one element.
-        answer = result[0] if isinstance(result, list) else result
-        choice = answer["choices"][0]
-        text = choice["message"]["content"] or ""
-        answers.append(
-            Answer(
-                question_id=question.id,
-                category=question.category,
-                text=text,
-                correct=check_answer(question.check, text),
-                seconds=seconds,
-                completion_tokens=int(answer["usage"]["completion_tokens"]),
-                finish_reason=str(choice["finish_reason"]),
-            )
-        )
-    return answers
+    if _asked is None:
+        raise RuntimeError("the model is not loaded")
+    return [_asked.answer(question) for question in questions]
 
 
 def _peak() -> int:
     from phi3_mlflow.resources import peak_rss_bytes
 
     return peak_rss_bytes()
+
+
+def read_answers(file: Path) -> list[Answer]:
+    """What `row()` wrote, one JSON object a line."""
+    return [Answer(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]

@@ -25,9 +25,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlparse
+from urllib.parse import urlparse, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 from pydantic import BaseModel, ValidationError
@@ -128,8 +129,36 @@ def _local_path(source: str | Path) -> Path:
     if text.startswith("file:"):
         return Path(url2pathname(urlparse(text).path))
     if re.match(r"[a-z][a-z0-9+.-]+:/", text):
-        raise UserError(f"{text}: not a local file; fetch it first, then give the path of the copy")
+        return _downloaded(text)
     return Path(text).expanduser()
+
+
+@lru_cache
+def _downloaded(uri: str) -> Path:
+    """A copy of what a URI names; one a process, removed when it ends."""
+    import atexit
+    import shutil
+    import tempfile
+
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    folder = tempfile.mkdtemp(prefix="phi3-mlflow-set-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+    except (MlflowException, OSError, ImportError, ValueError) as error:
+        raise UserError(
+            f"{without_secrets(uri)}: cannot be downloaded: {type(error).__name__}\n"
+            "Give a path, or a URI that MLflow downloads from, such as runs:/RUN_ID/mine.jsonl or "
+            "s3://BUCKET/mine.jsonl."
+        ) from error
+
+
+def without_secrets(uri: str) -> str:
+    """A URI without user name, password and query, to be shown."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def _raw_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ both.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class TextScore:
     reference_nll: float
     kl: float
     agreements: int
+
+
+def read_scores(file: Path) -> list[TextScore]:
+    """What an evaluation wrote, one JSON object a line."""
+    return [TextScore(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,10 @@ class Divergence:
 def compare(
     reference: LogitSource,
     candidate: LogitSource,
-    texts: Iterable[tuple[str, Sequence[int]]],
+    texts: Sequence[tuple[str, Sequence[int]]],
     window: int,
     advance: Callable[[int], None] = lambda amount: None,
+    batch_tokens: int = 0,
 ) -> Divergence:
     """Compare two models on texts.
 
@@ -68,21 +75,56 @@ def compare(
         texts: name and token ids of each text.
         window: a longer text is scored in pieces of this many tokens, each on its own.
         advance: is told how many tokens have been scored.
+        batch_tokens: so many places, padding included, are scored at once; 0 for one piece at a
+            time. The logits of both models are held for as many: 8 bytes a place and token of the
+            vocabulary.
     """
     import numpy as np
 
+    totals = {text_id: np.zeros(5) for text_id, _ in texts}
+    pieces = [
+        (text_id, np.asarray(piece, dtype=np.int32))
+        for text_id, tokens in texts
+        for piece in windows(tokens, window)
+    ]
+    for group in batches([len(ids) for _, ids in pieces], batch_tokens):
+        longest = max(len(pieces[index][1]) for index in group)
+        rows = np.zeros((len(group), longest), dtype=np.int32)
+        for row, index in enumerate(group):
+            rows[row, : len(pieces[index][1])] = pieces[index][1]
+        # What is padded on the right comes later, so no place of a piece ever looks at it.
+        p, q = reference.logits(rows), candidate.logits(rows)
+        for row, index in enumerate(group):
+            text_id, ids = pieces[index]
+            totals[text_id] += _piece(p[row, : len(ids)], q[row, : len(ids)], ids)
+            advance(len(ids))
     scores = []
-    for text_id, tokens in texts:
-        total = np.zeros(5)
-        for piece in windows(tokens, window):
-            ids = np.asarray(piece, dtype=np.int32)
-            total += _piece(reference.logits(ids), candidate.logits(ids), ids)
-            advance(len(piece))
+    for text_id, total in totals.items():
         places, candidate_nll, reference_nll, kl, agreements = (float(value) for value in total)
         scores.append(
             TextScore(text_id, int(places), candidate_nll, reference_nll, kl, int(agreements))
         )
     return Divergence(tuple(score for score in scores if score.places))
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Group pieces of like length, so that little is padding.
+
+    Args:
+        lengths: of the pieces.
+        batch_tokens: places at most in a group, padding included; a longer piece is a group.
+
+    Returns:
+        Every index once; groups one after another.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and (len(group) + 1) * lengths[index] > batch_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:

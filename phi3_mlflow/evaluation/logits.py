@@ -18,13 +18,14 @@ class LogitSource(Protocol):
     """Something that says what it thinks comes next, at every place of a text."""
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Args: (S,) int32 token ids. Returns: (S, vocabulary) float32."""
+        """Args: (B, S) int32 token ids, each row a text of its own, padded on the right at will.
+        Returns: (B, S, vocabulary) float32."""
 
 
 class OnnxLogits:
     """Logits of a model in onnxruntime-genai's format, computed in one prefill."""
 
-    def __init__(self, directory: Path, longest: int) -> None:
+    def __init__(self, directory: Path) -> None:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime_genai as og
 
@@ -35,17 +36,17 @@ class OnnxLogits:
         )
         self._og = og
         self._model = og.Model(config)
-        self._longest = longest
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         import numpy as np
 
         params = self._og.GeneratorParams(self._model)
         # The whole KV buffer is allocated up front, so no longer than needed.
-        params.set_search_options(max_length=self._longest + 1, batch_size=1)
+        rows = np.ascontiguousarray(tokens, dtype=np.int32)
+        params.set_search_options(max_length=rows.shape[1] + 1, batch_size=rows.shape[0])
         generator = self._og.Generator(self._model, params)
-        generator.append_tokens(np.asarray(tokens, dtype=np.int32)[None, :])
-        result: np.ndarray = np.asarray(generator.get_output("logits"))[0]
+        generator.append_tokens(rows)
+        result: np.ndarray = np.asarray(generator.get_output("logits"))
         return result
 
 
@@ -65,8 +66,8 @@ class TorchLogits:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         with self._torch.inference_mode():
-            ids = self._torch.as_tensor(tokens, dtype=self._torch.long)[None, :]
-            result: np.ndarray = self._model(ids, use_cache=False).logits[0].float().numpy()
+            ids = self._torch.as_tensor(tokens, dtype=self._torch.long)
+            result: np.ndarray = self._model(ids, use_cache=False).logits.float().numpy()
         return result
 
 
@@ -82,9 +83,16 @@ def find_model(directory: Path) -> Path:
     raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
 
 
-def open_logits(directory: Path, longest: int) -> LogitSource:
-    """A model's logits, for texts of at most `longest` tokens."""
+def open_logits(directory: Path) -> LogitSource:
+    """A model's logits, whichever runtime its files are for."""
     model = find_model(directory)
     if (model / ONNX_CONFIG).is_file():
-        return OnnxLogits(model, longest)
+        return OnnxLogits(model)
     return TorchLogits(model)
+
+
+def local_files(model_uri: str) -> Path:
+    """A logged model's files; nothing is copied where the store is on this machine."""
+    import mlflow
+
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))

@@ -1,20 +1,27 @@
-"""Everything that is measured of one version, and the verdict on it."""
+"""Measuring one model: its answers, its divergence from full precision, what it costs.
+
+What was measured once is found again: by the content of the model, of the reference and of the
+sets, and by the code that measures. That is how a champion is measured again exactly when the sets
+or the code changed.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import importlib.metadata
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from phi3_mlflow import console
-from phi3_mlflow.evaluation.answers import Answers, ask
+from phi3_mlflow.evaluation import datasets
+from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
-from phi3_mlflow.evaluation.gate import Verdict, judge
-from phi3_mlflow.evaluation.logits import find_model, open_logits
-from phi3_mlflow.evaluation.rows import HeldoutText, Question
-from phi3_mlflow.profiles import Bound
+from phi3_mlflow.evaluation.logits import find_model, local_files, open_logits
+from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.needles import build_needle_prompt
+from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
+from phi3_mlflow.store import Store, key_of
 
 SAMPLE = Question.model_validate(
     {
@@ -27,99 +34,161 @@ SAMPLE = Question.model_validate(
 )
 """Asked of every version and shown to whoever started the run; it does not count."""
 
+MEASURING_CODE = tuple(
+    f"phi3_mlflow/evaluation/{name}.py"
+    for name in (
+        *("answers", "checks", "datasets", "divergence", "logits", "measure", "measurement"),
+        *("needles", "rows", "statistics"),
+    )
+)
+"""What decides the figures. The gate and the report only look at them."""
+
+LIBRARIES = ("onnxruntime-genai", "transformers", "torch", "mlflow")
+BATCH_TOKENS = 1024
+_TEMPLATE_ROOM = 64  # tokens that a chat template adds to a long prompt, at most
+
 
 @dataclass(frozen=True)
-class Result:
-    """What was found of one version."""
+class Sets:
+    """What a model is measured on.
 
-    metrics: Mapping[str, float]
-    verdict: Verdict
-    sample: Mapping[str, str]
+    Attributes:
+        context: tokens that fit the model; needles beyond it are left out.
+    """
 
-    def to_dict(self) -> dict[str, Any]:
+    questions: Sequence[Question]
+    texts: Sequence[HeldoutText]
+    needles: Sequence[Needle] = ()
+    context: int = 0
+
+    def digests(self) -> dict[str, str]:
         return {
-            "metrics": dict(self.metrics),
-            "verdict": self.verdict.to_dict(),
-            "sample": dict(self.sample),
+            "questions_sha256": datasets.digest(self.questions),
+            "texts_sha256": datasets.digest(self.texts),
+            "needles_sha256": datasets.digest(self.fitting()),
         }
 
+    def fitting(self) -> list[Needle]:
+        """The long prompts that leave room for an answer."""
+        return [
+            row
+            for row in self.needles
+            if row.target_tokens + row.max_tokens + _TEMPLATE_ROOM <= self.context
+        ]
 
-def measure(
+
+def measured(
     model_uri: str,
+    content: str,
     *,
     reference: Path,
-    texts: Sequence[HeldoutText],
-    questions: Sequence[Question],
+    reference_digest: str,
+    sets: Sets,
     window: int,
-    thresholds: Mapping[str, Bound],
-    out: Path,
-) -> Result:
-    """Measure a version and judge it.
+    store: Store,
+    fresh: bool = False,
+) -> tuple[Measurement, bool]:
+    """Measure a model, or find what was measured of it.
 
     Args:
-        model_uri: the version.
-        reference: the full-precision checkpoint.
-        texts: held-out texts for perplexity and divergence.
-        questions: questions for accuracy.
-        window: tokens scored in one piece.
-        thresholds: of the gate.
-        out: a folder that gets `answers.jsonl`, `texts.jsonl`, `metrics.json`, `verdict.json`.
+        model_uri: the version or logged model.
+        content: sha256 of its files; empty when that is not known, and then it is measured.
+        reference, reference_digest: the full-precision checkpoint.
+        sets, window: what it is measured on, and how many tokens are scored in one piece.
+        store: where measurements are kept.
+        fresh: measure even so, for speeds that are to be compared with others of just now.
+
+    Returns:
+        The measurement, and whether it was there already.
     """
-    out.mkdir(parents=True)
-    model = local_files(model_uri)
-    with console.progress("questions", len(questions) + 1, "answered") as bar:
-        shown, *counted = (asked := ask(model_uri, [SAMPLE, *questions], bar)).answers
-        answers = replace(asked, answers=tuple(counted))
-    divergence = diverge(reference, model, texts, window)
-    metrics = {
-        **divergence.metrics(),
-        **answers.metrics(),
-        "size_bytes": float(
-            sum(f.stat().st_size for f in find_model(model).rglob("*") if f.is_file())
-        ),
+    from phi3_mlflow.step import code_digest
+
+    parts = {
+        "content": content or model_uri,
+        "reference": reference_digest,
+        "sets": sets.digests(),
+        "window": window,
+        "code": code_digest(MEASURING_CODE),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    verdict = judge(metrics, thresholds)
-    _write(out, metrics, verdict, answers, divergence)
-    sample = {"question": SAMPLE.messages[-1].content, "answer": shown.text}
-    return Result(metrics, verdict, sample)
+    key = key_of(parts)
+    with store.locked("measure", key):
+        entry = store.find("measure", key) if content and not fresh else None
+        if entry:
+            return Measurement.read(entry.path), True
+        origin = {"parts": parts, "model_uri": model_uri, "time": time.time()}
+        with store.building("measure", key, origin) as out:
+            found = measure(model_uri, reference=reference, sets=sets, window=window)
+            found.write(out)
+    return found, False
+
+
+def measure(model_uri: str, *, reference: Path, sets: Sets, window: int) -> Measurement:
+    """Measure a model.
+
+    Args:
+        model_uri: the version or logged model.
+        reference: the full-precision checkpoint.
+        sets: questions, held-out texts and long prompts.
+        window: tokens scored in one piece.
+    """
+    model = local_files(model_uri)
+    questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
+    with console.progress("questions", len(questions), "answered") as bar:
+        asked = ask(model_uri, questions, bar)
+    shown, *counted = asked.answers
+    answers = replace(asked, answers=tuple(counted))
+    divergence = diverge(reference, model, sets.texts, window)
+    size = sum(f.stat().st_size for f in find_model(model).rglob("*") if f.is_file())
+    return Measurement(
+        metrics={**divergence.metrics(), **answers.metrics(), "size_bytes": float(size)},
+        answers=answers.answers,
+        scores=divergence.scores,
+        sample={"question": SAMPLE.messages[-1].content, "answer": shown.text},
+    )
+
+
+def long_prompts(reference: Path, needles: Sequence[Needle]) -> list[Question]:
+    """The recipes as questions, measured in the model's own tokens."""
+    if not needles:
+        return []
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(reference / "tokenizer.json"))
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return [
+        Question.model_validate(
+            {
+                "id": row.id,
+                "category": f"{NEEDLE}{row.target_tokens}",
+                "messages": build_needle_prompt(row, count),
+                "check": row.check.model_dump(by_alias=True),
+                "max_tokens": row.max_tokens,
+            }
+        )
+        for row in needles
+    ]
 
 
 def diverge(
-    reference: Path, candidate: Path, texts: Sequence[HeldoutText], window: int
+    reference: Path,
+    candidate: Path,
+    texts: Sequence[HeldoutText],
+    window: int,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Divergence:
     """Compare a model's files with the full-precision checkpoint on held-out texts."""
     tokens = tokenize(reference, ((text.id, text.text) for text in texts))
     total = sum(len(ids) for _, ids in tokens)
     with console.progress("held-out text", total, "tokens") as bar:
         return compare(
-            open_logits(reference, window),
-            open_logits(candidate, window),
+            open_logits(reference),
+            open_logits(candidate),
             tokens,
             window,
             bar.advance,
+            batch_tokens,
         )
-
-
-def local_files(model_uri: str) -> Path:
-    """A logged model's files; nothing is copied where the store is on this machine."""
-    import mlflow
-
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-
-
-def _write(
-    out: Path,
-    metrics: Mapping[str, float],
-    verdict: Verdict,
-    answers: Answers,
-    divergence: Divergence,
-) -> None:
-    _write_lines(out / "answers.jsonl", [answer.row() for answer in answers.answers])
-    _write_lines(out / "texts.jsonl", [vars(score) for score in divergence.scores])
-    for name, content in (("metrics", dict(metrics)), ("verdict", verdict.to_dict())):
-        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    file.write_text("".join(lines), "utf-8")

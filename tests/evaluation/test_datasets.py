@@ -22,6 +22,7 @@ from phi3_mlflow.errors import UserError
 from phi3_mlflow.evaluation import checks, needles
 from phi3_mlflow.evaluation import datasets as ds
 from phi3_mlflow.evaluation.rows import CalibrationText, Needle, Question
+from tests.conftest import Workspace
 
 QUESTIONS = ds.load_questions()
 HELDOUT = ds.load_heldout()
@@ -460,11 +461,25 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes | None, expect
         ds.load_questions(tmp_path / name)
 
 
-def test_remote_uri_is_refused_and_file_uri_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a local file"):
-        ds.load_questions("s3://bucket/q.jsonl")
+def test_a_file_uri_is_read(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a b.jsonl", GOOD)
     assert ds.load_questions(path.as_uri()) == ds.load_questions(str(path))
+
+
+def test_a_uri_is_downloaded_by_mlflow(workspace: Workspace) -> None:
+    import mlflow
+
+    file = write_jsonl(workspace.folder / "q.jsonl", GOOD)
+    mlflow.set_tracking_uri(workspace.tracking_uri)
+    with mlflow.start_run() as run:
+        mlflow.log_artifact(str(file))
+    rows = ds.load_questions(f"runs:/{run.info.run_id}/q.jsonl")
+    assert rows == ds.load_questions(file)
+    secret = "mlflow-artifacts://user:pass@127.0.0.1:9/q.jsonl?token=pass"
+    with pytest.raises(UserError, match="cannot be downloaded") as refused:
+        ds.load_questions(f"runs:/{'0' * 32}/q.jsonl")
+    assert "Give a path, or a URI" in str(refused.value)
+    assert ds.without_secrets(secret) == "mlflow-artifacts://127.0.0.1:9/q.jsonl"
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.evaluation.divergence import compare, windows
+from phi3_mlflow.evaluation.divergence import batches, compare, windows
 
 
 class Table:
@@ -61,3 +61,25 @@ def test_a_padded_vocabulary_is_left_out() -> None:
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_text_too_short_to_predict_anything_is_left_out(length: int) -> None:
     assert list(windows(list(range(length)), 8)) == []
+
+
+@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(0, 40))
+@settings(deadline=None)
+def test_batches_score_what_one_at_a_time_scores(seed: int, window: int, room: int) -> None:
+    random = np.random.default_rng(seed)
+    one, other = (Table(random.normal(size=(6, 6))) for _ in range(2))
+    texts = [(f"t{i}", random.integers(0, 6, size=size).tolist()) for i, size in enumerate((9, 4))]
+    alone = compare(one, other, texts, window)
+    together = compare(one, other, texts, window, batch_tokens=room)
+    for a, b in zip(alone.scores, together.scores, strict=True):
+        assert (a.text_id, a.places, a.agreements) == (b.text_id, b.places, b.agreements)
+        assert a.kl == pytest.approx(b.kl)
+        assert a.candidate_nll == pytest.approx(b.candidate_nll)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(0, 120))
+def test_every_piece_is_in_one_batch_that_fits(lengths: list[int], room: int) -> None:
+    groups = list(batches(lengths, room))
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= room

@@ -1,0 +1,169 @@
+"""What every figure of an evaluation is called, what it means, and how it is written.
+
+The model card, the console and the report all take their words from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["higher", "lower", "neither"]
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _megabytes(value: float) -> str:
+    if value >= 1e9:
+        return f"{value / 1e9:.2f} GB"
+    return f"{value / 1e6:.0f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3f} nats"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f} tokens/s" if value >= 10 else f"{value:.1f} tokens/s"
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric, for people.
+
+    Attributes:
+        label: what it is called, in lower case.
+        write: the value with its unit.
+        better: in which direction it improves.
+        means: one sentence on what is measured.
+    """
+
+    label: str
+    write: Callable[[float], str]
+    better: Better
+    means: str
+
+
+FIGURES: Mapping[str, Figure] = {
+    "accuracy": Figure(
+        "questions answered right", _share, "higher", "Share of the questions whose answer passes."
+    ),
+    "perplexity": Figure(
+        "perplexity", _two, "lower", "How surprised the model is by held-out text."
+    ),
+    "perplexity_reference": Figure(
+        "perplexity, full precision", _two, "neither", "The same of the full-precision reference."
+    ),
+    "perplexity_ratio": Figure(
+        "perplexity / full precision", _three, "lower", "1 would be no loss at all."
+    ),
+    "kl_mean": Figure(
+        "KL divergence from full precision",
+        _nats,
+        "lower",
+        "How far the next-token probabilities moved, averaged over held-out text.",
+    ),
+    "top1_agreement": Figure(
+        "same likeliest token",
+        _share,
+        "higher",
+        "How often the model and full precision would say the same next.",
+    ),
+    "tokens_per_second": Figure(
+        "speed, median", _rate, "higher", "Tokens of an answer over its whole time."
+    ),
+    "tokens_per_second_p95": Figure(
+        "speed, slowest 5 %", _rate, "higher", "95 of 100 answers are at least this quick."
+    ),
+    "time_to_first_token_s": Figure(
+        "time to first token, median", _seconds, "lower", "From the request to the first piece."
+    ),
+    "time_to_first_token_p95_s": Figure(
+        "time to first token, slowest 5 %", _seconds, "lower", "95 of 100 answers begin by then."
+    ),
+    "latency_s": Figure("time of an answer, median", _seconds, "lower", "Request to last token."),
+    "latency_p95_s": Figure(
+        "time of an answer, slowest 5 %", _seconds, "lower", "95 of 100 are done by then."
+    ),
+    "peak_memory_bytes": Figure(
+        "peak memory", _megabytes, "lower", "Of a process that does nothing but serve the model."
+    ),
+    "size_bytes": Figure("size on disk", _megabytes, "lower", "The files of the model."),
+    "load_time_s": Figure("time to load", _seconds, "lower", "Until it could answer."),
+    "repetition_rate": Figure(
+        "answers that repeat themselves", _share, "lower", "Caught in a loop of the same words."
+    ),
+    "endless_rate": Figure(
+        "answers cut off", _share, "lower", "Still going at the question's limit of tokens."
+    ),
+    "needle_accuracy": Figure(
+        "needles found in long prompts", _share, "higher", "One sentence hidden in a long text."
+    ),
+    "scored_tokens": Figure("tokens scored", _count, "neither", "Held-out text."),
+}
+"""In the order in which they are shown."""
+
+HEADLINE = (
+    "accuracy",
+    "perplexity",
+    "perplexity_reference",
+    "kl_mean",
+    "top1_agreement",
+    "tokens_per_second",
+    "time_to_first_token_s",
+    "peak_memory_bytes",
+    "size_bytes",
+)
+"""What a version's tags, its card and the console show."""
+
+
+def write(metric: str, value: float) -> str:
+    """A value with its unit; what is not known is written with four digits."""
+    if metric in FIGURES:
+        return FIGURES[metric].write(value)
+    return _share(value) if metric.startswith("accuracy.") else f"{value:.4g}"
+
+
+def label(metric: str) -> str:
+    """What a metric is called: `accuracy.facts` is "facts, answered right"."""
+    if metric in FIGURES:
+        return FIGURES[metric].label
+    head, _, category = metric.partition(".")
+    if head == "accuracy" and category:
+        return f"{category.replace('_', ' ')}, answered right"
+    return metric.replace("_", " ")
+
+
+def readable(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The headline figures among some metrics, as pairs of label and text.
+
+    The reference's perplexity is shown with the model's own.
+    """
+    lines = []
+    for metric in HEADLINE:
+        if metric not in metrics or metric == "perplexity_reference":
+            continue
+        text = write(metric, metrics[metric])
+        if metric == "perplexity" and (full := metrics.get("perplexity_reference")):
+            text += f" (full precision: {write(metric, full)})"
+        lines.append((label(metric), text))
+    return lines

@@ -1,0 +1,259 @@
+"""The report: one HTML file that holds everything it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow import registry
+from phi3_mlflow.evaluation.answers import NEEDLE, Answer
+from phi3_mlflow.evaluation.figures import FIGURES, label, write
+from phi3_mlflow.evaluation.gate import Comparison
+from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.report import plots
+from phi3_mlflow.evaluation.rows import Question
+from phi3_mlflow.evaluation.statistics import Interval, wilson
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
+
+WORST = 20
+_LONGEST_SHOWN = 1200  # characters of a prompt or an answer
+_PLOTTED = ("size_bytes", "tokens_per_second", "kl_mean")
+_FULL_PRECISION = {"perplexity": "perplexity_reference"}
+_OF_FULL_PRECISION = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric beside the champion's and full precision's."""
+
+    label: str
+    means: str
+    value: str
+    interval: str
+    champion: str
+    reference: str
+    change: str
+    state: str
+
+
+def write_report(
+    evaluation: Evaluation,
+    evaluator: Evaluator,
+    out: Path,
+    reference_answers: Mapping[str, str] | None = None,
+) -> dict[str, Figure]:
+    """Write `report.html`.
+
+    Args:
+        evaluation: what was found.
+        evaluator: what it was found with.
+        out: the version's folder.
+        reference_answers: question id to the full-precision model's answer, where there are any.
+
+    Returns:
+        Its plots by name.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    named = _named(evaluation)
+    figures = _figures(evaluation, named)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    verdict = evaluation.verdict
+    page = environment.get_template("report.html.j2").render(
+        profile=evaluator.profile,
+        version=evaluation.version,
+        tags=registry.describe(evaluation.version).tags,
+        verdict=verdict,
+        champion=verdict.against,
+        rows=metric_rows(evaluation),
+        plots={name: plots.svg(figure, name) for name, figure in figures.items()},
+        worst=worst_answers(evaluation, evaluator.questions, reference_answers or {}),
+        sample=evaluation.measurement.sample,
+        hardware=evaluator.hardware,
+        counts={
+            "questions": len(evaluator.questions),
+            "texts": len(evaluator.texts),
+            "tokens": int(evaluation.measurement.metrics["scored_tokens"]),
+            "needles": len(evaluator.sets.fitting()),
+        },
+        digests=evaluator.sets.digests(),
+        label=label,
+    )
+    (out / "report.html").write_text(page, "utf-8")
+    return figures
+
+
+def _named(evaluation: Evaluation) -> dict[str, Measurement]:
+    """The measurements by how the plots call them, the version first."""
+    named = {f"version {evaluation.version.version}": evaluation.measurement}
+    verdict = evaluation.verdict
+    if evaluation.champion and verdict.against and not verdict.note:
+        number = registry.number_of(verdict.against)
+        named[f"champion, version {number}"] = evaluation.champion
+    return named
+
+
+def _figures(evaluation: Evaluation, named: Mapping[str, Measurement]) -> dict[str, Figure]:
+    return {
+        "quality": plots.quality(known_versions(evaluation)),
+        "categories": plots.categories({who: m.answers for who, m in named.items()}),
+        "latency": plots.latency({who: m.answers for who, m in named.items()}),
+        "divergence": plots.divergence({who: m.scores for who, m in named.items()}),
+    }
+
+
+def known_versions(evaluation: Evaluation) -> list[plots.Known]:
+    """The versions of the registered model that have been measured; this one as it is now."""
+    mine, against = evaluation.version, evaluation.verdict.against
+    found = []
+    for version in registry.client().search_model_versions(f"name='{mine.name}'"):
+        number = str(version.version)
+        if number == mine.version:
+            values: Mapping[str, Any] = evaluation.measurement.metrics
+            role = "version"
+        else:
+            values, role = version.tags, "other"
+            if against and number == registry.number_of(against):
+                role = "champion"
+        try:
+            size, speed, kl = (float(values[key]) for key in _PLOTTED)
+        except (KeyError, ValueError):  # never measured, or by an earlier version of this project
+            continue
+        found.append(plots.Known(number, role, size, speed, kl, version.tags.get("algorithm", "")))
+    return sorted(found, key=lambda known: int(known.number))
+
+
+def metric_rows(evaluation: Evaluation) -> list[Row]:
+    """Every metric that was measured, in the order of `FIGURES`."""
+    metrics = evaluation.measurement.metrics
+    theirs = evaluation.champion.metrics if evaluation.champion else {}
+    judged = {c.metric: c for c in evaluation.verdict.comparisons}
+    rows = []
+    for metric in FIGURES:
+        if metric not in metrics or metric == "perplexity_reference":
+            continue
+        reference = metrics.get(_FULL_PRECISION.get(metric, ""), _OF_FULL_PRECISION.get(metric))
+        change, state = _change(metric, metrics[metric], theirs.get(metric), judged.get(metric))
+        rows.append(
+            Row(
+                label=label(metric),
+                means=FIGURES[metric].means,
+                value=write(metric, metrics[metric]),
+                interval=_interval(metric, evaluation.measurement.answers),
+                champion=write(metric, theirs[metric]) if metric in theirs else "",
+                reference="" if reference is None else write(metric, reference),
+                change=change,
+                state=state,
+            )
+        )
+    return rows
+
+
+def _interval(metric: str, answers: Sequence[Answer]) -> str:
+    flags: dict[str, list[bool]] = {
+        "accuracy": [a.correct for a in answers if not a.category.startswith(NEEDLE)],
+        "needle_accuracy": [a.correct for a in answers if a.category.startswith(NEEDLE)],
+    }
+    if metric not in flags:
+        return ""
+    found: Interval = wilson(sum(flags[metric]), len(flags[metric]))
+    return f"{found.low:.0%} – {found.high:.0%}"
+
+
+def _change(
+    metric: str, mine: float, theirs: float | None, judged: Comparison | None
+) -> tuple[str, str]:
+    """How it differs from the champion, and the state that decides its colour."""
+    better = FIGURES[metric].better
+    if theirs is None or better == "neither":
+        return "", ""
+    if mine == theirs:
+        return "same", judged.state if judged else ""
+    difference = mine - theirs
+    sign = "+" if difference > 0 else "−"
+    return f"{sign}{write(metric, abs(difference))}", judged.state if judged else ""
+
+
+def worst_answers(
+    evaluation: Evaluation, questions: Sequence[Question], reference: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The wrong answers that matter most, beside those of others.
+
+    First those that the champion got right, then the easy questions, then those that never end.
+    """
+    asked = {question.id: question for question in questions}
+    theirs = {a.question_id: a for a in evaluation.champion.answers} if evaluation.champion else {}
+    if evaluation.verdict.note:  # the champion is the same model, or was not measured
+        theirs = {}
+    wrong = [a for a in evaluation.measurement.answers if not a.correct and a.question_id in asked]
+    levels = {"easy": 0, "medium": 1, "hard": 2}
+
+    def badness(answer: Answer) -> tuple[bool, int, bool, bool]:
+        other = theirs.get(answer.question_id)
+        return (
+            not (other and other.correct),
+            levels[asked[answer.question_id].level],
+            not answer.repeats,
+            answer.finish_reason != "length",
+        )
+
+    shown = []
+    for answer in sorted(wrong, key=badness)[:WORST]:
+        question = asked[answer.question_id]
+        other = theirs.get(answer.question_id)
+        shown.append(
+            {
+                "id": question.id,
+                "category": question.category.replace("_", " "),
+                "level": question.level,
+                "turns": [(m.role, _cut(m.content)) for m in question.messages],
+                "wanted": wanted(question),
+                "answer": _cut(answer.text),
+                "marks": _marks(answer),
+                "champion": _cut(other.text) if other else None,
+                "champion_right": bool(other and other.correct),
+                "reference": _cut(reference[question.id]) if question.id in reference else None,
+            }
+        )
+    return shown
+
+
+def _marks(answer: Answer) -> list[str]:
+    marks = []
+    if answer.finish_reason == "length":
+        marks.append("cut off")
+    if answer.repeats:
+        marks.append("repeats itself")
+    if not answer.text.strip():
+        marks.append("empty")
+    return marks
+
+
+def wanted(question: Question) -> str:
+    """What a right answer looks like, in words."""
+    check = question.check
+    if check.kind == "exact":
+        others = f" or {', '.join(check.aliases)}" if check.aliases else ""
+        return f"{'exactly ' if check.mode == 'equals' else ''}{check.value}{others}"
+    if check.kind == "numeric":
+        slack = f" ± {check.tolerance:g}" if check.tolerance else ""
+        return f"the number {check.value:g}{slack}"
+    if check.kind == "regex":
+        return f"something that matches {check.pattern}"
+    return f"JSON: {check.shape.model_dump_json(by_alias=True, exclude_defaults=True)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} […]"
