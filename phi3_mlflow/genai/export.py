@@ -101,10 +101,16 @@ def _build(
     from phi3_mlflow.genai.builder import streaming_builder
 
     config = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=False)
+    # The builder gives the attention window to layers that are said to be local, and Phi-3's
+    # configuration, where all are, does not say so: without this the graph looks at everything.
+    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     options = {
         "accuracy_level": accuracy_level,
         "hf_token": False,
         "hf_remote": False,
+        # A cache that holds the window only cannot be rewound to an earlier place of the text.
+        "windowed_kv_cache": False,
     }
     with torch.inference_mode():
         builder = streaming_builder(
