@@ -248,32 +248,46 @@ def promote(version: VersionName, *, force: bool) -> Promotion:
         GateRefused: the gate said no; the alias stays.
     """
     with _promotion_lock(version.name):
-        tags = describe(version).tags
-        gate = tags.get("gate")
-        if gate is None and not force:
-            raise UserError(
-                f"{version.uri} has not been evaluated, so there is no verdict to act on.\n"
-                f"Run  mlflow run . -e evaluate -P version={version.uri}  first."
-            )
-        before = alias_of(version.name, CHAMPION)
-        if gate != "passed" and not force:
-            stays = f"stays with version {before}" if before else "stays unset"
-            raise GateRefused(
-                f"the gate refuses {version.uri}; the alias {CHAMPION} {stays}.\n"
-                f"{tags.get('gate_reasons', '')}"
-            )
-        if before == version.version:
-            return Promotion(version, before, False, "it was the champion already")
-        champion = VersionName(version.name, before) if before else None
-        if champion and not force and (reason := _reason_to_stay(version, champion, tags)):
-            return Promotion(champion, before, False, reason)
-        decided = gate == "passed" and tags.get("gate_decision", "promote") == "promote"
-        decided = decided and tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
-        why = tags.get("gate_reasons") or "the gate passed"
-        reason = why if decided else f"forced; the gate: {gate or 'not run'}"
+        if stays := _decide(version, force=force):
+            return stays
         with _claimed(version.name):
+            # Decided again: until the claim was ours, others could move the alias.
+            if stays := _decide(version, force=force):
+                return stays
+            tags, before = describe(version).tags, alias_of(version.name, CHAMPION)
+            decided = (
+                tags.get("gate") == "passed"
+                and tags.get("gate_decision", "promote") == "promote"
+                and tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
+            )
+            reason = tags.get("gate_reasons") or "the gate passed"
+            if not decided:
+                reason = f"forced; the gate: {tags.get('gate', 'not run')}"
             _move(version, before, reason, forced=not decided)
         return Promotion(version, before, True, reason)
+
+
+def _decide(version: VersionName, *, force: bool) -> Promotion | None:
+    """None when the alias is to move; otherwise why it stays. Raises as `promote` does."""
+    tags, before = describe(version).tags, alias_of(version.name, CHAMPION)
+    gate = tags.get("gate")
+    if gate is None and not force:
+        raise UserError(
+            f"{version.uri} has not been evaluated, so there is no verdict to act on.\n"
+            f"Run  mlflow run . -e evaluate -P version={version.uri}  first."
+        )
+    if gate != "passed" and not force:
+        stays = f"stays with version {before}" if before else "stays unset"
+        raise GateRefused(
+            f"the gate refuses {version.uri}; the alias {CHAMPION} {stays}.\n"
+            f"{tags.get('gate_reasons', '')}"
+        )
+    if before == version.version:
+        return Promotion(version, before, False, "it was the champion already")
+    champion = VersionName(version.name, before) if before else None
+    if champion and not force and (reason := _reason_to_stay(version, champion, tags)):
+        return Promotion(champion, before, False, reason)
+    return None
 
 
 def _reason_to_stay(
@@ -306,21 +320,26 @@ def rollback(name: str) -> Promotion:
         UserError: there is no champion, or none before it.
     """
     with _promotion_lock(name):
-        current = alias_of(name, CHAMPION)
-        if current is None:
-            raise UserError(f"{name} has no {CHAMPION}, so there is nothing to roll back")
-        tags = describe(VersionName(name, current)).tags
-        before = tags.get("promoted_from", "")
-        if not before or not exists(VersionName(name, before)):
-            raise UserError(
-                f"{name} version {current} is the first {CHAMPION}: there is none before it to "
-                "roll back to"
-            )
-        target = VersionName(name, before)
+        _before(name)  # nothing is claimed for what cannot be done
         with _claimed(name):
+            current, target = _before(name)
             # The way further back is kept: the target keeps its own `promoted_from`.
             _move(target, current, f"rollback from version {current}", forced=False, keep_from=True)
         return Promotion(target, current, True, f"rolled back from version {current}")
+
+
+def _before(name: str) -> tuple[str, VersionName]:
+    """The champion, and the one before it. Raises as `rollback` does."""
+    current = alias_of(name, CHAMPION)
+    if current is None:
+        raise UserError(f"{name} has no {CHAMPION}, so there is nothing to roll back")
+    before = describe(VersionName(name, current)).tags.get("promoted_from", "")
+    if not before or not exists(VersionName(name, before)):
+        raise UserError(
+            f"{name} version {current} is the first {CHAMPION}: there is none before it to "
+            "roll back to"
+        )
+    return current, VersionName(name, before)
 
 
 def _move(

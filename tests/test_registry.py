@@ -1,0 +1,266 @@
+"""Moving the alias `champion`: what may, what may not, and two at once on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from phi3_mlflow import registry
+from phi3_mlflow.errors import EXIT_BAD_INPUT, EnvironmentProblem, GateRefused, UserError
+from phi3_mlflow.registry import CHAMPION, VersionName, promote, rollback
+from tests.conftest import ROOT, Workspace
+
+NAME = "m"
+PASSED = {"gate": "passed", "gate_decision": "promote", "gate_against": "none"}
+
+
+def version(number: int) -> VersionName:
+    return VersionName(NAME, str(number))
+
+
+def add(*tags: dict[str, str]) -> None:
+    """Registered versions, numbered from 1, with these tags."""
+    client = registry.client()
+    client.create_registered_model(NAME)
+    for each in tags:
+        client.create_model_version(NAME, source="nowhere", tags=each)
+
+
+def champion() -> str | None:
+    return registry.alias_of(NAME, CHAMPION)
+
+
+@pytest.mark.usefixtures("workspace")
+class TestOneAtATime:
+    def test_a_passed_version_becomes_champion_and_says_why(self) -> None:
+        add({**PASSED, "gate_reasons": "all thresholds are kept"})
+        done = promote(version(1), force=False)
+        assert (done.moved, champion()) == (True, "1")
+        tags = registry.describe(version(1)).tags
+        assert tags["promotion_reason"] == "all thresholds are kept"
+        assert tags["promotion_forced"] == "false"
+        assert tags["promoted_from"] == ""
+        assert "@" in tags["promoted_by"]
+        assert tags["promoted_at"].startswith("20")
+        assert registry.CLAIM not in registry.client().get_registered_model(NAME).tags
+
+    def test_again_changes_nothing(self) -> None:
+        add(PASSED)
+        promote(version(1), force=False)
+        before = registry.describe(version(1)).tags
+        assert not promote(version(1), force=False).moved
+        assert registry.describe(version(1)).tags == before
+
+    def test_the_same_model_again_changes_nothing(self) -> None:
+        same = {"artifact_sha256": "ab" * 32}
+        add({**PASSED, **same}, {**PASSED, **same})
+        promote(version(1), force=False)
+        done = promote(version(2), force=False)
+        assert (done.moved, champion()) == (False, "1")
+        assert "the same model" in done.reason
+
+    def test_what_failed_is_refused_and_forcing_is_recorded(self) -> None:
+        add(PASSED, {"gate": "failed", "gate_reasons": "kl_mean is 9"})
+        promote(version(1), force=False)
+        with pytest.raises(GateRefused, match=r"stays with version 1\.\nkl_mean is 9"):
+            promote(version(2), force=False)
+        assert champion() == "1"
+        promote(version(2), force=True)
+        tags = registry.describe(version(2)).tags
+        assert (champion(), tags["promotion_forced"], tags["promoted_from"]) == ("2", "true", "1")
+        assert rollback(NAME).champion == version(1)
+        assert champion() == "1"
+        with pytest.raises(UserError, match="none before it"):
+            rollback(NAME)
+
+    def test_a_verdict_on_another_champion_does_not_count(self) -> None:
+        add(PASSED, PASSED)
+        promote(version(1), force=False)
+        with pytest.raises(UserError, match=r"compared with no champion.*now version 1"):
+            promote(version(2), force=False)
+        registry.set_tags(version(2), {"gate_against": "1"})
+        assert promote(version(2), force=False).moved
+
+    def test_a_version_that_nothing_speaks_for_leaves_the_champion(self) -> None:
+        keep = {"gate_decision": "keep", "gate_against": "1", "gate_reasons": "chance"}
+        add(PASSED, {**PASSED, **keep})
+        promote(version(1), force=False)
+        done = promote(version(2), force=False)
+        assert (done.moved, done.champion, champion()) == (False, version(1), "1")
+        assert "chance" in done.reason
+
+    def test_a_champion_is_compared_with_the_one_before_it(self) -> None:
+        add(PASSED, {**PASSED, "gate_against": "1"})
+        assert registry.champion_to_beat(version(1)) is None
+        promote(version(1), force=False)
+        assert registry.champion_to_beat(version(1)) is None
+        assert registry.champion_to_beat(version(2)) == version(1)
+        promote(version(2), force=False)
+        assert registry.champion_to_beat(version(2)) == version(1)
+
+    def test_an_alias_that_moved_meanwhile_is_not_moved_over(self) -> None:
+        add(PASSED, PASSED, PASSED)
+        registry.set_alias(version(3), CHAMPION)
+        with pytest.raises(EnvironmentProblem, match="moved from version 1 to 3"):
+            registry._move(version(2), "1", "late", forced=False)
+        assert champion() == "3"
+        assert "promoted_at" not in registry.describe(version(2)).tags
+
+    def test_the_claim_of_someone_who_died_is_void(self) -> None:
+        add(PASSED)
+        client = registry.client()
+        client.set_registered_model_tag(NAME, registry.CLAIM, f"dead {time.time() - 3600}")
+        assert promote(version(1), force=False).moved
+
+    def test_a_claim_is_waited_for_and_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        add(PASSED)
+        registry.client().set_registered_model_tag(NAME, registry.CLAIM, f"x {time.time() + 60}")
+        monkeypatch.setattr(registry, "_CLAIM_SECONDS", 0.1)
+        with pytest.raises(EnvironmentProblem, match="others are promoting"):
+            promote(version(1), force=False)
+        assert champion() is None
+
+
+# --- two at once ------------------------------------------------------------------------------
+
+PROMOTE = """
+import sys, time
+from pathlib import Path
+from phi3_mlflow import registry
+from phi3_mlflow.cli import guarded
+version = registry.VersionName("m", sys.argv[1])
+registry.describe(version)  # connected, and everything imported
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.005)
+sys.exit(guarded(lambda: registry.promote(version, force=sys.argv[2] == "force")))
+"""
+
+
+def at_once(
+    place: Workspace, uri: str, numbers: tuple[int, ...], how: str
+) -> list[tuple[int, str]]:
+    """Promote versions at the same moment, each as if on a machine of its own (no shared lock).
+
+    Returns:
+        Exit code and error output of each.
+    """
+    folder = place.folder / how
+    folder.mkdir()
+    running = []
+    for number in numbers:
+        environment = {
+            **os.environ,
+            "PHI3_MLFLOW_CACHE": str(folder / f"machine{number}"),
+            "MLFLOW_TRACKING_URI": uri,
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "-c", PROMOTE, str(number), how]
+        command += [str(folder / f"ready{number}"), str(folder / "go")]
+        running.append(
+            subprocess.Popen(
+                command, env=environment, cwd=place.folder, stderr=subprocess.PIPE, text=True
+            )
+        )
+    deadline = time.monotonic() + 120
+    while not all((folder / f"ready{number}").exists() for number in numbers):
+        assert time.monotonic() < deadline, "the processes did not get ready"
+        assert all(process.poll() is None for process in running), "a process ended early"
+        time.sleep(0.02)
+    (folder / "go").touch()
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
+
+
+def _postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs; Debian does not put them on the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    on_path = shutil.which("initdb")
+    place = found[-1] if found else Path(on_path).resolve() if on_path else None
+    return place.parent if place else None
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of this test's own, on loopback; the URI of an empty database."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
+    if find_spec("psycopg2") is None:
+        pytest.skip("psycopg2 is not installed (requirements/dev.txt names it)")
+    folder = Path(tempfile.mkdtemp(prefix="phi3-mlflow-pg-"))  # short: it holds a socket
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        os.chown(folder, 65534, 65534)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = folder / "data"
+
+    def program(name: str, *arguments: str) -> None:
+        command = [*as_user, str(programs / name), *arguments]
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "HOME": str(folder)}, timeout=120,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+    program("initdb", "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync")
+    options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
+    log = str(folder / "log")
+    program("pg_ctl", "-D", str(data), "-l", log, "-o", options, "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
+    finally:
+        program("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_two_promotions_at_once(
+    database: str,
+    workspace: Workspace,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = workspace.tracking_uri
+    if database == "postgres":
+        uri = request.getfixturevalue("postgres")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    add(PASSED, *({**PASSED, "gate_against": "1"} for _ in range(4)))
+    promote(version(1), force=False)
+
+    # Both were better than version 1. One takes its place; the other is told that it was not
+    # compared with the champion there is now.
+    ends = at_once(workspace, uri, (2, 3), "judged")
+    assert sorted(code for code, _ in ends) == [0, EXIT_BAD_INPUT], ends
+    winner = next(n for n, (code, _) in zip((2, 3), ends, strict=True) if code == 0)
+    loser = 5 - winner
+    assert champion() == str(winner)
+    assert registry.describe(version(winner)).tags["promoted_from"] == "1"
+    assert "promoted_at" not in registry.describe(version(loser)).tags
+    told = next(error for code, error in ends if code)
+    assert f"now version {winner}" in told
+    assert "Traceback" not in told
+
+    # Both are forced: one after the other, and the way back leads through both.
+    ends = at_once(workspace, uri, (4, 5), "force")
+    assert [code for code, _ in ends] == [0, 0], ends
+    last = champion()
+    other = "4" if last == "5" else "5"
+    assert registry.describe(VersionName(NAME, str(last))).tags["promoted_from"] == other
+    assert registry.describe(VersionName(NAME, other)).tags["promoted_from"] == str(winner)
+    assert registry.CLAIM not in registry.client().get_registered_model(NAME).tags
+    assert rollback(NAME).champion == VersionName(NAME, other)
