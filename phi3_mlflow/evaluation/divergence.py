@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+MOST_ROWS = 32  # onnxruntime-genai takes no larger batch
+
+
 @dataclass(frozen=True)
 class TextScore:
     """Sums over the places of one text."""
@@ -119,7 +122,8 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if group and (len(group) + 1) * lengths[index] > batch_tokens:
+        full = (len(group) + 1) * lengths[index] > batch_tokens or len(group) == MOST_ROWS
+        if group and full:
             yield group
             group = []
         group.append(index)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.evaluation.divergence import batches, compare, windows
+from phi3_mlflow.evaluation.divergence import MOST_ROWS, batches, compare, windows
 
 
 class Table:
@@ -77,9 +77,10 @@ def test_batches_score_what_one_at_a_time_scores(seed: int, window: int, room: i
         assert a.candidate_nll == pytest.approx(b.candidate_nll)
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(0, 120))
+@given(st.lists(st.integers(1, 50), max_size=99), st.integers(0, 120))
 def test_every_piece_is_in_one_batch_that_fits(lengths: list[int], room: int) -> None:
     groups = list(batches(lengths, room))
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
+        assert len(group) <= MOST_ROWS
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= room
