@@ -185,6 +185,28 @@ def test_the_gate_refuses_and_says_by_how_much(line, connected: Workspace) -> No
     assert registry.alias_of("tiny", "champion") == "1"
 
 
+def test_both_flavors_are_registered_and_measured_side_by_side(line, connected: Workspace) -> None:
+    place, _, _ = line
+    profile = write_profile(place.folder, "tiny-both", flavor="both")
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    versions = {
+        v.tags["flavor"]: v for v in registry.client().search_model_versions("name='tiny-both'")
+    }
+    assert set(versions) == {"onnx", "transformers"}
+    assert registry.alias_of("tiny-both", "champion") == str(versions["onnx"].version)
+    found = {flavor: float(version.tags["kl_mean"]) for flavor, version in versions.items()}
+    assert found["transformers"] == 0
+    assert found["onnx"] > 0
+    request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0.0}
+    answers = [
+        mlflow.pyfunc.load_model(f"models:/tiny-both/{version.version}").predict(request)
+        for version in versions.values()
+    ]
+    assert answers[0].keys() == answers[1].keys()
+    assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+
 def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) -> None:
     from steps import log
 
