@@ -82,7 +82,7 @@ def empty_head(node: NodeProto) -> dict[int, Edit]:
 
 @pytest.fixture(scope="module")
 def sound(real_checkpoint: Path, real_onnx: Path) -> dict[str, float]:
-    """The figures of the model as it was built. (That it passes the gate, the line's tests show.)"""
+    """The figures of the model as it was built."""
     return diverge(real_checkpoint, real_onnx, TEXTS, 512).metrics()
 
 
