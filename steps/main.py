@@ -18,6 +18,7 @@ from pathlib import Path
 from phi3_mlflow import console, registry
 from phi3_mlflow.cli import command
 from phi3_mlflow.dry_run import DryRun, Unknown, text
+from phi3_mlflow.evaluation.figures import readable
 from phi3_mlflow.params import Request
 from phi3_mlflow.pipeline import Pipeline
 from phi3_mlflow.step import Outcome
@@ -118,23 +119,6 @@ def report(request: Request, pipeline: Pipeline, evaluated: Outcome) -> None:
     lines += ["Asked", f"  {sample['question']}", f"  > {sample['answer']}"]
     lines += ["Next", *(f"  {line}" for line in next_commands(name))]
     console.say("\n".join([*lines, "-" * 78]))
-
-
-def readable(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """The headline metrics for people."""
-    m = metrics
-    return [
-        ("questions answered right", f"{m['accuracy']:.0%}"),
-        (
-            "perplexity (full precision)",
-            f"{m['perplexity']:.2f} ({m['perplexity_reference']:.2f})",
-        ),
-        ("KL divergence from full precision", f"{m['kl_mean']:.3f} nats"),
-        ("same likeliest token", f"{m['top1_agreement']:.1%}"),
-        ("speed", f"{m['tokens_per_second']:.0f} tokens/s"),
-        ("peak memory", f"{m['peak_memory_bytes'] / 1e6:.0f} MB"),
-        ("size on disk", f"{m['size_bytes'] / 1e6:.0f} MB"),
-    ]
 
 
 def next_commands(name: str) -> list[str]:
