@@ -19,6 +19,11 @@ for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast tests first: what is broken should show soon."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A working folder with a cache and a tracking store of its own."""
