@@ -45,12 +45,22 @@ class Workspace:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
         }
 
+    @property
+    def whole_environment(self) -> dict[str, str]:
+        """What a program is started with: nothing that MLflow has left in this process."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        own = {"PATH": path, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        return {**kept, **own, **self.environment}
+
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program of this environment; MLflow's artifacts land in this folder."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, **self.environment, "PATH": path, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            command, cwd=cwd or self.folder, env=environment, capture_output=True, text=True
+            command,
+            cwd=cwd or self.folder,
+            env=self.whole_environment,
+            capture_output=True,
+            text=True,
         )
 
     def step(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:

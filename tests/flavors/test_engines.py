@@ -92,19 +92,33 @@ def test_a_window_that_is_missing_from_the_graph_bounds_the_context(windowed: Pa
     shutil.copytree(exported(windowed), folder)
     file = folder / "genai_config.json"
     config = json.loads(file.read_text())
-    assert config["model"]["decoder"]["sliding_window"]["layers"] == [0, 1]
-    config["model"]["decoder"]["sliding_window"]["layers"] = []
+    assert "sliding_window" not in config["model"]["decoder"]  # its cache holds everything
+    config["model"]["decoder"]["sliding_window"] = {
+        "window_size": 2047,
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+        "layers": [],
+        "cache_slack": 0,
+    }
     file.write_text(json.dumps(config))
     assert GenaiEngine(folder, Settings(threads=1)).context == 2047
 
 
-def test_a_session_whose_window_has_moved_on_is_not_kept(windowed: Path) -> None:
-    for engine in _engines(windowed):
-        session = engine.open(2200)
-        session.extend(_tokens(2000))
-        assert isinstance(engine, TorchEngine) or session.reusable
-        session.extend(_tokens(100))
-        assert not session.reusable
+def test_a_session_is_kept_beyond_the_window_only_where_its_cache_holds_everything(
+    windowed: Path,
+) -> None:
+    genai, torch_engine = _engines(windowed)
+    tokens, other = _tokens(2100), _tokens(64, seed=1)
+    session = torch_engine.open(2200)
+    session.extend(tokens)
+    assert not session.reusable
+    session = genai.open(2200)
+    session.extend(tokens)
+    assert session.reusable
+    session.rewind(2060)
+    session.extend(other)
+    expected = _reference(windowed, tokens[:2060] + other)
+    assert np.abs(session.logits() - expected).max() < CLOSE
 
 
 def test_a_model_without_longrope_has_no_switch(onnx_dir: Path) -> None:

@@ -22,18 +22,19 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import mlflow
 
     directory = tmp_path_factory.mktemp("tracking")
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         uri = f"sqlite:///{directory}/mlflow.db"
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        # Set and removed, so that what MLflow writes there is removed with the patch.
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        patch.delenv("MLFLOW_EXPERIMENT_ID")
         mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
         mlflow.create_experiment("sources", artifact_location=(directory / "artifacts").as_uri())
         mlflow.set_experiment("sources")
         yield directory
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(before)
 
 
 def logged(directory: Path, files: dict[str, bytes], path: str = "checkpoint") -> str:

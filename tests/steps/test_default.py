@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.profiles import load_profile
 from tests.conftest import ROOT, Workspace
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_what_was_measured_is_what_int4_can_do(default_run: tuple[Workspace, str
 def test_what_was_built_is_what_the_profile_asks_for(real_onnx: Path) -> None:
     from phi3_mlflow.genai.check import check_export
 
-    report = check_export(real_onnx, QuantizationSettings(algorithm="k_quant_mixed"))
+    report = check_export(real_onnx, load_profile("smollm2-135m").quantization)
     assert report.int4_nodes > report.int8_nodes > 0
     assert report.float_matmuls == 0
     assert tuple(report.accuracy_levels) == (4,)
