@@ -114,6 +114,7 @@ def test_a_wrong_chat_template_is_refused_for_its_answers(
     assert template.is_file()
     template.write_text("{% for m in messages %}[INST] {{ m['role'] }} {% endfor %}")
     mlflow.set_tracking_uri(workspace.tracking_uri)
+    mlflow.set_experiment("damaged")  # the one that was chosen last belongs to another store
     info = log_onnx(model, name="wrong-template")
     questions = [q for q in datasets.load_questions(quick=True) if q.max_tokens <= 48][:16]
     sets = Sets(questions, TEXTS)
