@@ -22,7 +22,7 @@ PYTHON ?=
 SETUP   = python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/setup_venv.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint setup setup-dev readme lock clean
+.PHONY: help run test check soak lint setup setup-dev readme lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ test: lint  ## everything: checks, generated documentation, all tests
 check: lint  ## what takes about a minute: checks and the fast tests
 	@python tools/readme_tables.py --check
 	@python -m pytest -m "not slow" -q $(PYTEST)
+
+soak: setup-dev  ## half an hour of kills at random moments, and what they leave (nothing)
+	@python benchmarks/soak_kills.py
 
 lint: setup-dev
 	@ruff check .

@@ -23,4 +23,4 @@ def test_a_few_kills_leave_no_trace(tmp_path_factory: pytest.TempPathFactory) ->
         Workspace(tmp_path_factory.mktemp("killed")), profile, 3, seed=20, expected=expected
     )
     assert len(campaign.kills) == 3
-    assert campaign.wrong == []
+    assert campaign.problems == []
