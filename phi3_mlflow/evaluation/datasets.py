@@ -188,7 +188,7 @@ def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(
                 line.decode("utf-8-sig" if number == 1 else "utf-8"),
-                object_pairs_hook=_once,
+                object_pairs_hook=unique_keys,
                 parse_constant=no_constant,
             )
         except (ValueError, RecursionError) as error:
@@ -197,7 +197,7 @@ def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, Any]]:
         yield where, row
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("an object names the same key twice")
@@ -238,7 +238,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
     for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"row {number}", _without_nulls(row)
+        yield f"row {number}", without_nulls(row)
 
 
 def _saved_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -253,14 +253,14 @@ def _saved_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # the library raises whatever the broken file provokes
         raise UserError(f"{path}: not a readable saved dataset: {error}") from None
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", _without_nulls(row)
+        yield f"row {number}", without_nulls(row)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Drop the nulls a column format fills in where a row has no such key."""
     if isinstance(value, dict):
-        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _nested(rows: Iterable[tuple[str, Any]], problems: _Problems) -> Iterator[tuple[str, Any]]:
