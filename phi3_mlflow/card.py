@@ -40,7 +40,7 @@ def model_card(
         f"- **Licence**: {profile.licence}",
         f"- **Training data**: {profile.training_data}",
         f"- **Context**: {profile.context_length:,} tokens",
-        f"- **Source**: `{tags.get('source', profile.source)}` at revision "
+        f"- **Source**: `{tags.get('source', profile.origin)}` at revision "
         f"`{tags.get('source_revision', 'unknown')}`",
         f"- **Flavor**: {tags.get('flavor', profile.flavor)}",
         f"- **Precision**: {tags.get('precision', profile.precision)}",

@@ -67,7 +67,8 @@ def guarded(do: Callable[[], object]) -> int:
     """Do something and turn what goes wrong into a message and an exit code.
 
     Returns:
-        0 done, 2 bad input, 3 the gate said no, 1 the rest; 128 + n after signal n.
+        0 done, 2 bad input, 3 the gate said no, 4 not the same when made again, 1 the rest;
+        128 + n after signal n.
     """
     _stop_on_terminate()
     try:

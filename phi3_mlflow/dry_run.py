@@ -110,8 +110,9 @@ def cost(last: Entry | None) -> str:
     )
 
 
-def text(forecasts: Sequence[Forecast]) -> str:
-    """All steps, a line each, and a last line with the sum."""
+def text(forecasts: Sequence[Forecast], before: str | None = None) -> str:
+    """All steps, a line each, and a last line with the sum; `before` is put above them."""
     todo = [forecast.step for forecast in forecasts if forecast.reason]
     last = f"{len(todo)} of {len(forecasts)} steps would run."
-    return "\n".join(["Plan (nothing is done):", *(f.line() for f in forecasts), last])
+    head = ["Plan (nothing is done):", *([f"  {before}"] if before else [])]
+    return "\n".join([*head, *(f.line() for f in forecasts), last])

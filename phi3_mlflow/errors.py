@@ -12,6 +12,7 @@ EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_GATE = 3
+EXIT_DIFFERENT = 4
 
 
 class ProjectError(Exception):
@@ -38,6 +39,12 @@ class GateRefused(ProjectError):
     """The evaluation gate said no; nothing is broken, and the alias stays where it was."""
 
     exit_code = EXIT_GATE
+
+
+class NotReproduced(ProjectError):
+    """A version that was made again came out with other bytes; nothing was changed."""
+
+    exit_code = EXIT_DIFFERENT
 
 
 class StepFailed(ProjectError):

@@ -109,6 +109,23 @@ class Manifest:
                 problems.append(f"{entry.path}: sha256 {digest}, expected {entry.sha256}")
         return sorted(problems)
 
+    def changes(self, other: Manifest) -> list[str]:
+        """One line a file in which another manifest differs from this one, in order of paths."""
+        mine = {entry.path: entry for entry in self.files}
+        others = {entry.path: entry for entry in other.files}
+        lines = []
+        for path in sorted(mine.keys() | others.keys()):
+            before, after = mine.get(path), others.get(path)
+            if before is None:
+                lines.append(f"{path}: was not there")
+            elif after is None:
+                lines.append(f"{path}: is missing")
+            elif before.size != after.size:
+                lines.append(f"{path}: {after.size} bytes, were {before.size}")
+            elif before.sha256 != after.sha256:
+                lines.append(f"{path}: sha256 {after.sha256}, was {before.sha256}")
+        return lines
+
     def _paths(self) -> set[str]:
         return {f.path for f in self.files}
 

@@ -24,7 +24,7 @@ from pydantic import (
 
 from phi3_mlflow.errors import UserError, problem_list
 from phi3_mlflow.quantization.settings import QuantizationSettings
-from phi3_mlflow.sources.spec import parse_source
+from phi3_mlflow.sources.spec import HubSource, parse_source
 
 PROFILE_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
@@ -162,9 +162,19 @@ class Profile(Settings):
 
     @field_validator("source")
     @classmethod
-    def _source_parses(cls, value: str) -> str:
+    def _source_parses(cls, value: str, info: ValidationInfo) -> str:
+        branch = info.data.get("track")
+        if branch is not None and not value.strip().startswith("hf:"):
+            raise ValueError(
+                f"track '{branch}' follows a branch on the hub, so it needs a source "
+                "hf:OWNER/NAME; leave track out for any other"
+            )
+        if branch is not None and "@" in value:
+            raise ValueError(
+                f"track '{branch}' takes the place of what is after @; leave out one of the two"
+            )
         try:
-            parse_source(value)
+            spec = parse_source(_at(value, branch))
         except UserError as error:
             raise ValueError(str(error)) from error
         return value
@@ -178,6 +188,10 @@ class Profile(Settings):
             )
         if self.runtime.max_context and self.runtime.max_context > self.context_length:
             raise ValueError(
+    track: str | None = Field(
+        default=None,
+        description="a branch on the hub to follow, in the place of the source's @REVISION",
+    )
                 f"runtime.max_context {self.runtime.max_context} is beyond the model's "
                 f"context_length {self.context_length}"
             )
@@ -204,6 +218,8 @@ def find_profile(name_or_path: str) -> Path:
     Raises:
         UserError: there is no such profile; the message names those there are.
     """
+        if branch is not None and isinstance(spec, HubSource) and spec.pinned:
+            raise ValueError(f"track '{branch}' is a commit, which does not move; write it after @")
     looks_like_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     file = (
         Path(name_or_path).expanduser()
@@ -213,6 +229,18 @@ def find_profile(name_or_path: str) -> Path:
     if file.is_file():
         return file
     if looks_like_path:
+        judge = self.evaluation.judge
+        judges = {metric for metric in self.gate.thresholds if metric.startswith("judge.")}
+        if unknown := sorted(judges - set(judge.metrics if judge else ())):
+            known = ", ".join(judge.metrics) if judge else "none: evaluation.judge is not set"
+            raise ValueError(
+                f"gate.thresholds: no judge gives {', '.join(unknown)}; known: {known}"
+            )
+        if self.track is not None and self.sha256:
+            raise ValueError(
+                f"track '{self.track}' follows a branch whose files change, and sha256 pins them; "
+                "leave out one of the two"
+            )
         raise UserError(
             f"profile: there is no file {file.absolute()}\n"
             "Give an absolute path (a relative one counts from the project's folder), or one of "
@@ -220,6 +248,11 @@ def find_profile(name_or_path: str) -> Path:
         )
     close = difflib.get_close_matches(name_or_path, profile_names(), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
+    @property
+    def origin(self) -> str:
+        """The source as `parse_source` reads it, with the branch that is followed."""
+        return _at(self.source, self.track)
+
     raise UserError(
         f"profile: there is no profile {name_or_path!r}.{hint}\n"
         f"Allowed: {', '.join(profile_names())}, or the path of a YAML file of your own."
@@ -230,6 +263,10 @@ def load_profile(
     name_or_path: str,
     overrides: Mapping[str, str | int] | None = None,
     problems: Sequence[str] = (),
+def _at(source: str, branch: str | None) -> str:
+    return source if branch is None else f"{source.strip()}@{branch}"
+
+
 ) -> Profile:
     """Read a profile and lay the entry-point parameters over it.
 
@@ -291,6 +328,8 @@ def _find_calibration(content: dict[str, Any], file: Path) -> None:
     if not isinstance(chosen, dict):
         return
     named = chosen.get("calibration")
+    if "@" in str(overrides.get("source", "")):  # a pin given for this run
+        content.pop("track", None)
     if isinstance(named, str):
         chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())
     elif named is None and chosen.get("algorithm") == "gptq":

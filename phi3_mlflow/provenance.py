@@ -16,10 +16,15 @@ from phi3_mlflow.manifests import Manifest
 PROVENANCE_NAME = "provenance.json"
 
 
+def content_manifest(directory: Path) -> Manifest:
+    """A directory's files, the provenance itself left out."""
+    manifest = Manifest.of_directory(directory)
+    return Manifest(tuple(f for f in manifest.files if f.path != PROVENANCE_NAME))
+
+
 def content_digest(directory: Path) -> str:
     """The digest of a directory's files, the provenance itself left out."""
-    manifest = Manifest.of_directory(directory)
-    return Manifest(tuple(f for f in manifest.files if f.path != PROVENANCE_NAME)).digest
+    return content_manifest(directory).digest
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD_NAME = "record.json"
-IN_MLFLOW = ("log", "register", "evaluate", "promote")
+IN_MLFLOW = ("log", "register", "evaluate", "promote", "reproduce")
 """The steps whose output lives in a tracking store, so that another store knows nothing of it."""
 
 
@@ -155,7 +155,7 @@ def plan(step: Step, request: Request, store: Store) -> Plan:
         "settings": step.settings(request),
         "inputs": {name: given.digest for name, given in inputs.items()},
         "code": code_digest(step.code),
-        "libraries": {name: _version(name) for name in step.libraries},
+        "libraries": library_versions(step),
     }
     return Plan(step, request, inputs, parts, key_of(parts))
 
@@ -310,6 +310,11 @@ def code_digest(parts: tuple[str, ...]) -> str:
         for file in files:
             digest.update(f"{file.relative_to(ROOT).as_posix()}\0{sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def library_versions(*steps: Step) -> dict[str, str]:
+    """The libraries that decide what some steps make, with the versions installed here."""
+    return {name: _version(name) for step in steps for name in step.libraries}
 
 
 def _version(distribution: str) -> str:

@@ -138,6 +138,40 @@ def step_run(step: str, request: Request, parent_run_id: str | None) -> Iterator
 
 
 @contextmanager
+def child_run(name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """A run below the active one, for a part of its work; gives its id.
+
+    Like a step's, it is closed as KILLED later when the process dies.
+    """
+    import mlflow
+
+    with mlflow.start_run(run_name=name, nested=True, tags={**tags, **_owner()}) as run:
+        yield run.info.run_id
+
+
+def open_child(name: str) -> str:
+    """Make a run below the active one for a process that is about to start; gives its id."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    parent = mlflow.active_run()
+    if parent is None:
+        raise RuntimeError("there is no active run to be the parent")
+    tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runName": name, **_owner()}
+    client = MlflowClient()
+    return str(client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id)
+
+
+def close_child(run_id: str, status: str) -> None:
+    """Close a run of `open_child`'s as FAILED or KILLED, unless its process has closed it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, status)
+
+
+@contextmanager
 def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun]:
     import mlflow
     from mlflow.entities import RunStatus

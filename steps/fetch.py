@@ -9,29 +9,69 @@ the hashes that the source and the profile state, and a checkpoint that could ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phi3_mlflow import console
 from phi3_mlflow.cli import run_script
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.errors import EnvironmentProblem, UserError
 from phi3_mlflow.params import Request
 from phi3_mlflow.profiles import find_profile
 from phi3_mlflow.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.sources.spec import HubSource, SourceSpec, parse_source
 from phi3_mlflow.step import Step, Work
-from phi3_mlflow.store import Entry
+from phi3_mlflow.store import Entry, Store
+
+REVISION = "source_revision"
+"""What `main` hands on beside the parameters: the commit that a branch was at when it began."""
 
 
-def settings(request: Request) -> dict[str, Any]:
+def revision(request: Request) -> str:
+    """What the profile's source stands for at this moment.
+
+    Raises:
+        EnvironmentProblem: the branch that it follows cannot be asked for.
+    """
     from phi3_mlflow.sources import resolve_revision
 
     profile = request.profile
+    spec = parse_source(profile.origin)
+    try:
+        return resolve_revision(spec, sha256=profile.sha256, base_dir=base_directory(request))
+    except EnvironmentProblem as error:
+        if isinstance(spec, HubSource) and not spec.pinned:
+            raise EnvironmentProblem(
+                f"{error}\nSo it is not known where the branch {spec.revision} of {spec.repo} is. "
+                "Nothing was changed: the versions and the champion stay as they are."
+            ) from error
+        raise
+
+
+def followed(request: Request) -> dict[str, str]:
+    """Where the branch that the profile follows is now, for `main` to hand on; else nothing."""
+    spec = parse_source(request.profile.origin)
+    if isinstance(spec, HubSource) and not spec.pinned:
+        return {REVISION: revision(request)}
+    return {}
+
+
+def where(request: Request, followed: Mapping[str, str]) -> str | None:
+    """A sentence on the branch: where it is, and where it was when it was fetched last."""
+    if not (now := followed.get(REVISION)):
+        return None
+    last = Store().latest(request.profile.name, STEP.name)
+    before = last and last.origin.get("parts", {}).get("settings", {}).get("source_revision")
+    moved = ", as when it was fetched last" if before == now else f"; fetched last: {before}"
+    return f"{request.profile.origin} is at {now} now{moved if before else ''}."
+
+
+def settings(request: Request) -> dict[str, Any]:
+    profile = request.profile
     return {
-        "source": profile.source,
-        "source_revision": resolve_revision(
-            parse_source(profile.source), sha256=profile.sha256, base_dir=base_directory(request)
-        ),
+        "source": profile.origin,
+        # `main` asks once: a branch may move between two questions.
+        "source_revision": request.values.get(REVISION) or revision(request),
         "sha256": profile.sha256,
         "remote_code": profile.remote_code,
         "base_model": profile.base_model,
@@ -45,7 +85,7 @@ def work(work: Work) -> None:
 
     profile = work.request.profile
     fetched = fetch_source(
-        pinned(profile.source, work.settings["source_revision"]),
+        pinned(profile.origin, work.settings["source_revision"]),
         work.out,
         sha256=profile.sha256,
         base_dir=base_directory(work.request),
@@ -63,7 +103,7 @@ def work(work: Work) -> None:
             "checkpoint_sha256": content_digest(work.out),
             "licence": profile.licence,
             "lock": fetched.lock,
-            "source": profile.source,
+            "source": profile.origin,
             "source_revision": fetched.revision,
         },
     )

@@ -16,17 +16,20 @@ from phi3_mlflow.card import model_card
 from phi3_mlflow.cli import run_script
 from phi3_mlflow.params import Request
 from phi3_mlflow.provenance import content_digest, read_provenance
+from phi3_mlflow.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.step import (
     Input,
     Step,
     Work,
     directory_input,
     entry_input,
+    library_versions,
     preceding_output,
     read_record,
 )
 from phi3_mlflow.store import Entry, Store
 from phi3_mlflow.tracking import git_commit, tracking_identity
+from steps import export, fetch, quantize
 
 
 def flavors(request: Request) -> list[str]:
@@ -103,7 +106,7 @@ def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
         name=profile.registered_model,
         contract=profile.contract,
         model_config=profile.runtime.model_dump(mode="json", exclude_none=True),
-        metadata={"licence": profile.licence, "base_model": profile.base_model},
+        metadata=metadata(work, directory),
         tags=tags,
         model_card=model_card(profile, tags),
         pip_requirements=requirements("onnx"),
@@ -119,11 +122,20 @@ def log_transformers_model(work: Work, directory: Path, tags: dict[str, str]) ->
         directory,
         name=profile.registered_model,
         dtype="auto",
-        metadata={"licence": profile.licence, "base_model": profile.base_model},
+        metadata=metadata(work, directory),
         tags=tags,
         model_card=model_card(profile, tags),
         pip_requirements=requirements("transformers"),
     )
+
+
+def metadata(work: Work, directory: Path) -> dict[str, Any]:
+    """What the model carries about itself: its licence, and how to make it again."""
+    profile = work.request.profile
+    known: dict[str, Any] = {"licence": profile.licence, "base_model": profile.base_model}
+    libraries = library_versions(fetch.STEP, quantize.STEP, export.STEP)
+    recipe = recipe_of(profile, directory, fetch.base_directory(work.request), libraries)
+    return known if recipe is None else known | {METADATA_KEY: recipe.metadata()}
 
 
 def version_tags(flavor: str, directory: Path) -> dict[str, str]:
@@ -173,7 +185,7 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/log.py", "phi3_mlflow/flavors"),
+    code=("steps/log.py", "phi3_mlflow/flavors", "phi3_mlflow/recipe.py"),
     libraries=("mlflow", "onnxruntime-genai", "transformers"),
     still_there=still_there,
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from phi3_mlflow import console, registry
@@ -54,7 +55,7 @@ def main(request: Request) -> None:
     with step_run("main", request, None) as run:
         run.log_settings(request.profile.model_dump(mode="json"), {})
         with Pipeline(request, run.run_id) as pipeline:
-            result = sequence(pipeline, request)
+            result = sequence(pipeline, request, fetch.followed(request))
             run.log_headline(evaluate.headline_metrics(result.record))
             report(request, pipeline, result)
     done = sum(not outcome.hit for outcome in pipeline.outcomes)
@@ -72,18 +73,19 @@ def foretell(request: Request) -> str:
     connect()
     dry = DryRun(request)
     profile = request.profile
+    followed = fetch.followed(request)
     skipped = {"quantize": not profile.quantizes, "export": not profile.makes_onnx}
     try:
-        sequence(dry, request)
+        sequence(dry, request, followed)
     except Unknown:
         dry.rest([module.STEP for module in STEPS if not skipped.get(module.STEP.name)])
-    return text(dry.forecasts)
+    return text(dry.forecasts, fetch.where(request, followed))
 
 
-def sequence(pipeline: Pipeline | DryRun, request: Request) -> Outcome:
+def sequence(pipeline: Pipeline | DryRun, request: Request, followed: Mapping[str, str]) -> Outcome:
     """The steps that the profile needs, each given what those before it made."""
     profile = request.profile
-    checkpoint = path = str(pipeline.run(fetch.STEP).entry.path)
+    checkpoint = path = str(pipeline.run(fetch.STEP, **followed).entry.path)
     if profile.quantizes:
         path = str(pipeline.run(quantize.STEP, checkpoint=checkpoint).entry.path)
     if profile.makes_onnx:

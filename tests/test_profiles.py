@@ -158,3 +158,28 @@ def test_no_content_leads_to_a_traceback(tmp_path_factory: pytest.TempPathFactor
     file.write_text(yaml.safe_dump({**GOOD, **content}))
     with contextlib.suppress(UserError):
         assert load_profile(str(file)).name == "p"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "file:model"}, "needs a source hf:OWNER/NAME"),
+        ({"source": "hf:me/model@" + "0" * 40}, "takes the place of what is after @"),
+        ({"source": "hf:me/model@main"}, "leave out one of the two"),
+        ({"source": "hf:me/model", "track": "0" * 40}, "is a commit, which does not move"),
+        ({"source": "hf:me/model", "track": "../x"}, "neither a commit nor a branch"),
+        ({"source": "hf:me/model", "sha256": {"a": "0" * 64}}, "sha256 pins them"),
+    ],
+)
+def test_a_branch_to_follow_goes_with_a_hub_source_and_nothing_that_pins_it(
+    tmp_path: Path, changes: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=r"mine\.yaml") as caught:
+        load_profile(write(tmp_path, **{"track": "main", **changes}))
+    assert words in str(caught.value)
+
+
+def test_a_followed_branch_is_part_of_the_origin(tmp_path: Path) -> None:
+    profile = load_profile(write(tmp_path, source="hf:me/model", track="release/v2"))
+    assert profile.origin == "hf:me/model@release/v2"
+    assert load_profile(write(tmp_path)).origin == "file:model"

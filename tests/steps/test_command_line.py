@@ -14,8 +14,8 @@ from phi3_mlflow.params import PARAMETERS
 from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
-COMMANDS = ("main", "cache")
-STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote")
+COMMANDS = ("main", "cache", "score")
+STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote", "reproduce")
 
 
 def invoke(name: str, *options: str) -> Result:
@@ -79,6 +79,7 @@ def test_a_missing_input_names_the_command_that_makes_it(
         ("promote", ("--version", "7"), "it has: none"),
         ("promote", (), "no version of smollm2-135m carries the alias challenger"),
         ("promote", ("--action", "rollback"), "nothing to roll back"),
+        ("reproduce", (), "no version of smollm2-135m carries the alias challenger"),
         ("register", ("--model-uri", "models:/m-0"), "there is no such logged model"),
         ("cache", ("--do", "clear"), "allowed: list, verify, prune"),
         ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 12h, 30d or 8w"),

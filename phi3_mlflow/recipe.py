@@ -1,0 +1,120 @@
+"""The recipe of a logged model: what has to be done again to make the same bytes.
+
+It travels in the model's own metadata (the file MLmodel), so that it is there wherever the
+version is: the profile as it was resolved, with the source's files pinned by their hashes, the
+files of the artifact, and the versions of the libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.errors import UserError
+from phi3_mlflow.manifests import FileEntry, Manifest
+from phi3_mlflow.profiles import CALIBRATION, Profile
+from phi3_mlflow.provenance import content_manifest, read_provenance
+from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
+
+METADATA_KEY = "recipe"
+# What says how a model is judged, or how long a download may take, and decides no byte of it.
+_DECIDES_NOTHING = {"evaluation", "gate", "time_limit_s", "registered_model"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an artifact was made.
+
+    Attributes:
+        profile: the content of a profile's file that makes it again.
+        calibration_sha256: of the calibration texts, where there were any.
+        files: the artifact's, without `provenance.json`.
+        libraries: distribution to version.
+    """
+
+    profile: Mapping[str, Any]
+    calibration_sha256: str | None
+    files: Manifest
+    libraries: Mapping[str, str]
+
+    def metadata(self) -> dict[str, Any]:
+        """As plain values, for a model's metadata."""
+        return {
+            "profile": dict(self.profile),
+            "calibration_sha256": self.calibration_sha256,
+            "files": [asdict(entry) for entry in self.files.files],
+            "libraries": dict(self.libraries),
+        }
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, Any] | None, uri: str) -> Recipe:
+        """The recipe in a model's metadata.
+
+        Raises:
+            UserError: it holds none, or one that cannot be read.
+        """
+        content = (metadata or {}).get(METADATA_KEY)
+        if content is None:
+            raise UserError(
+                f"{uri} carries no recipe: it was not logged by this project, was logged before "
+                "recipes were recorded, or was made from a folder whose origin is not known"
+            )
+        try:
+            files = tuple(FileEntry(f["path"], f["size"], f["sha256"]) for f in content["files"])
+            return cls(
+                content["profile"],
+                content["calibration_sha256"],
+                Manifest(files),
+                content["libraries"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{uri}: its recipe cannot be read: {error!r}") from error
+
+
+def recipe_of(
+    profile: Profile, directory: Path, base_dir: Path, libraries: Mapping[str, str]
+) -> Recipe | None:
+    """The recipe of an artifact that is about to be logged.
+
+    Where the artifact's provenance and the profile differ, the provenance counts: the steps before
+    may have been run with other parameters.
+
+    Args:
+        profile: that it is logged with.
+        directory: the artifact, with its provenance.
+        base_dir: what a relative `file:` source counts from.
+        libraries: distribution to version.
+
+    Returns:
+        None when the provenance does not say where the artifact came from.
+    """
+    known = read_provenance(directory)
+    if not {"source", "source_revision", "lock"} <= known.keys():
+        return None
+    content = profile.model_dump(mode="json", exclude=_DECIDES_NOTHING, exclude_none=True)
+    content.pop("track", None)
+    content["source"] = _pinned(known["source"], known["source_revision"], base_dir)
+    content["sha256"] = known["lock"]
+    content["precision"] = known.get("precision", content["precision"])
+    quantization = {k: v for k, v in known.get("quantization", {}).items() if v is not None}
+    sha256 = quantization.pop("calibration", None)
+    if quantization:
+        used = profile.quantization.calibration
+        # The project's own texts are those of the commit that is run.
+        if sha256 is not None and used is not None and used != CALIBRATION:
+            quantization["calibration"] = str(used)
+        content["quantization"] = quantization
+    else:
+        content["quantization"].pop("calibration", None)
+    return Recipe(content, sha256, content_manifest(directory), dict(libraries))
+
+
+def _pinned(source: str, revision: str, base_dir: Path) -> str:
+    spec = parse_source(source)
+    if isinstance(spec, HubSource):
+        return f"hf:{spec.repo}@{revision}"
+    if isinstance(spec, FileSource):
+        return f"file:{spec.directory(base_dir).absolute()}"
+    return source

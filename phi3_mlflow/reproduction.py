@@ -1,0 +1,188 @@
+"""Make a registered version's artifact again from its recipe, in a cache of its own.
+
+The steps run as scripts of the commit that made the version, each a process with an MLflow run of
+its own, so that nothing of this process or of the usual cache can slip in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from phi3_mlflow.errors import EnvironmentProblem, StepFailed, UserError
+from phi3_mlflow.manifests import Manifest, sha256_of_file
+from phi3_mlflow.provenance import content_manifest
+from phi3_mlflow.recipe import Recipe
+from phi3_mlflow.store import Store
+
+_GIT_SECONDS = 300
+_CALIBRATION = Path("data", "calibration.jsonl")  # the project's own, in whatever commit
+
+
+@dataclass(frozen=True)
+class Code:
+    """The project's code that makes the artifact again.
+
+    Attributes:
+        root: its folder.
+        commit: which commit that is.
+        note: why it is not the version's own, or empty.
+    """
+
+    root: Path
+    commit: str
+    note: str = ""
+
+
+def code_at(commit: str, root: Path, present: str, place: Path) -> Code:
+    """The code of a commit: the present one when it is that, otherwise checked out elsewhere.
+
+    Args:
+        commit: as the version's tag has it, `-dirty` when there were changes beside it.
+        root: the folder of the code that runs.
+        present: its commit, in the same form.
+        place: a folder to check the other one out into; it does not exist yet.
+    """
+    if commit == present and not commit.endswith("-dirty"):
+        return Code(root, commit)
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        why = "had changes that were not committed" if commit.endswith("-dirty") else "is not known"
+        return Code(root, present, f"the version's code ({commit}) {why}: the present code ran")
+    for origin in (str(root), _origin(root)):
+        if origin and _check_out(origin, commit, place):
+            return Code(place, commit)
+    return Code(
+        root,
+        present,
+        f"commit {commit} is neither in {root} nor where that came from: the present code ran",
+    )
+
+
+def _origin(root: Path) -> str | None:
+    """Where a checkout was cloned from; `mlflow run GIT_URL` clones a single commit."""
+    return _git(root, "remote", "get-url", "origin")
+
+
+def _check_out(origin: str, commit: str, place: Path) -> bool:
+    place.mkdir(exist_ok=True)
+    return all(
+        _git(place, *command) is not None
+        for command in (
+            ("init", "--quiet"),
+            ("fetch", "--quiet", "--depth", "1", origin, commit),
+            ("checkout", "--quiet", "--detach", "FETCH_HEAD"),
+        )
+    )
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or None when it fails; it never asks for a password."""
+    hidden = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            env={**environment, "GIT_TERMINAL_PROMPT": "0"},
+            capture_output=True, text=True, check=True, timeout=_GIT_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_profile(recipe: Recipe, code: Code, folder: Path) -> Path:
+    """Write the recipe's profile as a file.
+
+    Raises:
+        UserError: the calibration texts are no longer what they were.
+    """
+    content = dict(recipe.profile)
+    if recipe.calibration_sha256 is not None:
+        named = content.get("quantization", {}).get("calibration")
+        texts = Path(named) if named else code.root / _CALIBRATION
+        if not texts.is_file() or sha256_of_file(texts) != recipe.calibration_sha256:
+            raise UserError(
+                f"the calibration texts that the version was made with are not in {texts}: a file "
+                f"with sha256 {recipe.calibration_sha256} is needed there"
+            )
+    file = folder / f"{content['name']}.yaml"
+    file.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), "utf-8")
+    return file
+
+
+def rebuild(
+    flavor: str,
+    profile: Path,
+    code: Code,
+    cache: Path,
+    open_run: Callable[[str], str],
+    close_run: Callable[[str, str], None],
+) -> Manifest:
+    """Run the steps that make the artifact, from the source, in a cache with nothing in it.
+
+    Args:
+        flavor: of the version, onnx or transformers.
+        profile: the recipe's profile.
+        code: which code runs.
+        cache: an empty folder.
+        open_run: makes an MLflow run for a step and gives its id.
+        close_run: is told a step's run and FAILED or KILLED, in case it could not say so itself.
+
+    Returns:
+        The files of the artifact.
+
+    Raises:
+        StepFailed: a step ended badly; it has said why.
+    """
+    content = yaml.safe_load(profile.read_text("utf-8"))
+    steps = ["fetch"]
+    if flavor == "onnx":
+        steps += ["quantize", "export"] if content["precision"] == "int4" else ["export"]
+    for step in steps:
+        run_id = open_run(step)
+        try:
+            returncode = _run_step(step, profile, code, cache, run_id)
+        except BaseException:
+            close_run(run_id, "KILLED")
+            raise
+        if returncode != 0:
+            close_run(run_id, "FAILED" if returncode > 0 else "KILLED")
+            raise StepFailed(step, returncode if returncode > 0 else 1)
+    entry = Store(cache).latest(content["name"], steps[-1])
+    if entry is None:
+        raise EnvironmentProblem(f"step {steps[-1]} ended well and left nothing in {cache}")
+    return content_manifest(entry.path)
+
+
+def _run_step(step: str, profile: Path, code: Code, cache: Path, run_id: str) -> int:
+    environment = os.environ | {
+        "PHI3_MLFLOW_CACHE": str(cache),
+        "MLFLOW_RUN_ID": run_id,
+        "PYTHONPATH": str(code.root),
+        "PYTHONSAFEPATH": "1",  # the working folder holds the present code, perhaps
+    }
+    command = [sys.executable, "-m", f"steps.{step}", "--profile", str(profile)]
+    # In this working folder: a tracking store may be named relative to it.
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:  # stopped from outside: the step has to stop first
+            process.terminate()
+            process.wait()
+
+
+def changed_libraries(recipe: Recipe, now: Mapping[str, str]) -> list[str]:
+    """The libraries whose versions are not those of the recipe."""
+    return [
+        f"{name} {before} -> {now.get(name, 'not installed')}"
+        for name, before in sorted(recipe.libraries.items())
+        if now.get(name) != before
+    ]
