@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -141,6 +142,10 @@ class Profile(Settings):
     base_model: str = Field(description="the model's name where it was published")
     licence: str = Field(description="SPDX identifier of the model's licence")
     training_data: str = Field(default="not stated", description="the publisher's statement")
+    track: str | None = Field(
+        default=None,
+        description="a branch on the hub to follow, in the place of the source's @REVISION",
+    )
     source: str
     sha256: dict[str, Sha256] = Field(
         default_factory=dict, description="file name: hash that the source must deliver"
@@ -177,6 +182,8 @@ class Profile(Settings):
             spec = parse_source(_at(value, branch))
         except UserError as error:
             raise ValueError(str(error)) from error
+        if branch is not None and isinstance(spec, HubSource) and spec.pinned:
+            raise ValueError(f"track '{branch}' is a commit, which does not move; write it after @")
         return value
 
     @model_validator(mode="after")
@@ -186,16 +193,22 @@ class Profile(Settings):
                 f"contract 'prompt' needs flavor 'onnx', found flavor '{self.flavor}'; "
                 "the transformers flavor answers the chat contract only"
             )
+        if self.track is not None and self.sha256:
+            raise ValueError(
+                f"track '{self.track}' follows a branch whose files change, and sha256 pins them; "
+                "leave out one of the two"
+            )
         if self.runtime.max_context and self.runtime.max_context > self.context_length:
             raise ValueError(
-    track: str | None = Field(
-        default=None,
-        description="a branch on the hub to follow, in the place of the source's @REVISION",
-    )
                 f"runtime.max_context {self.runtime.max_context} is beyond the model's "
                 f"context_length {self.context_length}"
             )
         return self
+
+    @property
+    def origin(self) -> str:
+        """The source as `parse_source` reads it, with the branch that is followed."""
+        return _at(self.source, self.track)
 
     @property
     def makes_onnx(self) -> bool:
@@ -205,6 +218,10 @@ class Profile(Settings):
     @property
     def quantizes(self) -> bool:
         return self.makes_onnx and self.precision == "int4"
+
+
+def _at(source: str, branch: str | None) -> str:
+    return source if branch is None else f"{source.strip()}@{branch}"
 
 
 def profile_names() -> list[str]:
@@ -218,8 +235,6 @@ def find_profile(name_or_path: str) -> Path:
     Raises:
         UserError: there is no such profile; the message names those there are.
     """
-        if branch is not None and isinstance(spec, HubSource) and spec.pinned:
-            raise ValueError(f"track '{branch}' is a commit, which does not move; write it after @")
     looks_like_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     file = (
         Path(name_or_path).expanduser()
@@ -229,18 +244,6 @@ def find_profile(name_or_path: str) -> Path:
     if file.is_file():
         return file
     if looks_like_path:
-        judge = self.evaluation.judge
-        judges = {metric for metric in self.gate.thresholds if metric.startswith("judge.")}
-        if unknown := sorted(judges - set(judge.metrics if judge else ())):
-            known = ", ".join(judge.metrics) if judge else "none: evaluation.judge is not set"
-            raise ValueError(
-                f"gate.thresholds: no judge gives {', '.join(unknown)}; known: {known}"
-            )
-        if self.track is not None and self.sha256:
-            raise ValueError(
-                f"track '{self.track}' follows a branch whose files change, and sha256 pins them; "
-                "leave out one of the two"
-            )
         raise UserError(
             f"profile: there is no file {file.absolute()}\n"
             "Give an absolute path (a relative one counts from the project's folder), or one of "
@@ -248,11 +251,6 @@ def find_profile(name_or_path: str) -> Path:
         )
     close = difflib.get_close_matches(name_or_path, profile_names(), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    @property
-    def origin(self) -> str:
-        """The source as `parse_source` reads it, with the branch that is followed."""
-        return _at(self.source, self.track)
-
     raise UserError(
         f"profile: there is no profile {name_or_path!r}.{hint}\n"
         f"Allowed: {', '.join(profile_names())}, or the path of a YAML file of your own."
@@ -263,10 +261,6 @@ def load_profile(
     name_or_path: str,
     overrides: Mapping[str, str | int] | None = None,
     problems: Sequence[str] = (),
-def _at(source: str, branch: str | None) -> str:
-    return source if branch is None else f"{source.strip()}@{branch}"
-
-
 ) -> Profile:
     """Read a profile and lay the entry-point parameters over it.
 
@@ -291,6 +285,8 @@ def _at(source: str, branch: str | None) -> str:
     content.setdefault("name", file.stem)
     content.setdefault("registered_model", content["name"])
     _another_algorithm(content, overrides.get("quantization.algorithm"))
+    if "@" in str(overrides.get("source", "")):  # a pin given for this run
+        content.pop("track", None)
     for key, value in overrides.items():
         _lay_over(content, key, value)
     _find_calibration(content, file)
@@ -328,8 +324,6 @@ def _find_calibration(content: dict[str, Any], file: Path) -> None:
     if not isinstance(chosen, dict):
         return
     named = chosen.get("calibration")
-    if "@" in str(overrides.get("source", "")):  # a pin given for this run
-        content.pop("track", None)
     if isinstance(named, str):
         chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())
     elif named is None and chosen.get("algorithm") == "gptq":

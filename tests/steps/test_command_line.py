@@ -14,7 +14,7 @@ from phi3_mlflow.params import PARAMETERS
 from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
-COMMANDS = ("main", "cache", "score")
+COMMANDS = ("main", "cache")
 STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote", "reproduce")
 
 
