@@ -75,6 +75,11 @@ class ScriptedSession:
             logits[ord(script[at]) + 10 if at < len(script) else END] = 9
         return logits
 
+    def follow(self, token: int | None) -> int:
+        if token is not None:
+            self.extend([token])
+        return int(self.logits().argmax())
+
     def rewind(self, length: int) -> None:
         assert length <= len(self.tokens)
         del self.tokens[length:]

@@ -87,6 +87,49 @@ def test_longrope_changes_its_factors_for_every_position(longrope: Path, start: 
         assert np.abs(found - expected).max() < CLOSE, type(engine).__name__
 
 
+def _greedy(engine: Any, prompt: list[int], count: int) -> tuple[list[int], list[int]]:
+    """The answer by single steps of the engine, and by the largest of the logits."""
+    answers = []
+    for by_steps in (True, False):
+        session = engine.open(len(prompt) + count)
+        session.extend(prompt)
+        token, answer = None, []
+        for _ in range(count):
+            if by_steps:
+                token = session.follow(token)
+            else:
+                if token is not None:
+                    session.extend([token])
+                token = int(session.logits().argmax())
+            answer.append(token)
+        answers.append(answer)
+    return answers[0], answers[1]
+
+
+def test_a_greedy_step_takes_the_largest_of_the_logits(
+    checkpoint: Path, windowed: Path, longrope: Path
+) -> None:
+    for folder, lengths in ((checkpoint, (5, 70)), (windowed, (2040,)), (longrope, (20, 31, 40))):
+        for engine in _engines(folder):
+            for length in lengths:
+                steps, largest = _greedy(engine, _tokens(length), 16)
+                assert steps == largest, (type(engine).__name__, folder.name, length)
+
+
+def test_a_session_that_answered_greedily_is_rewound_like_any_other(checkpoint: Path) -> None:
+    prompt, other = _tokens(80), _tokens(30, seed=1)
+    for engine in _engines(checkpoint):
+        session = engine.open(400)
+        session.extend(prompt)
+        token = None
+        for _ in range(20):
+            token = session.follow(token)
+        session.rewind(len(prompt))
+        session.extend(other)
+        cold = _run(engine, prompt + other, [len(prompt), len(prompt + other)])
+        assert np.array_equal(session.logits(), cold), type(engine).__name__
+
+
 def test_a_window_that_is_missing_from_the_graph_bounds_the_context(windowed: Path) -> None:
     folder = windowed.with_name("without")
     shutil.copytree(exported(windowed), folder)

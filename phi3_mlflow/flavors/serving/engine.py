@@ -27,6 +27,13 @@ class Session(Protocol):
     def logits(self) -> np.ndarray:
         """Logits of the token that follows the last one, shape (V,), float32."""
 
+    def follow(self, token: int | None) -> int:
+        """The likeliest token after `token`, the one that was chosen last (None: none was yet).
+
+        Says what `extend([token])` and the largest of `logits()` would say, without handing the
+        logits out. An answer begun with it goes on with it.
+        """
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
 

@@ -115,10 +115,23 @@ class GenaiSession:
             new = np.concatenate([old, new])
             self._length = 0
         self._generator.append_tokens(new)
-        self._length += len(new)
+        self._count(len(new))
+
+    def _count(self, new: int) -> None:
+        self._length += new
         # A cache of the size of the window overwrites what has left it.
-        for limit in (switch, self._window):
+        for limit in (self._rope_switch, self._window):
             self.reusable = self.reusable and not 0 < limit < self._length
+
+    def follow(self, token: int | None) -> int:
+        if self._rope_switch:  # the runtime's own step knows nothing of the switch
+            if token is not None:
+                self.extend([token])
+            return int(self.logits().argmax())
+        # Chooses and appends; what follows it is computed by the next step.
+        self._generator.generate_next_token()
+        self._count(1)
+        return int(self._generator.get_next_tokens()[0])
 
     def logits(self) -> np.ndarray:
         return np.asarray(self._generator.get_logits()).reshape(-1)

@@ -124,6 +124,11 @@ class TorchSession:
     def logits(self) -> np.ndarray:
         return self._logits
 
+    def follow(self, token: int | None) -> int:
+        if token is not None:
+            self.extend([token])
+        return int(self._logits.argmax())
+
     def rewind(self, length: int) -> None:
         if length == 0:
             self._cache = self._empty()

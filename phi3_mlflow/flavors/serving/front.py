@@ -149,9 +149,12 @@ class Answerer:
         try:
             while choice.tokens < limit:
                 with self._turns:
-                    if token is not None:
-                        session.extend([token])
-                    token = sampler.choose(session.logits())
+                    if sampler.greedy:
+                        token = session.follow(token)
+                    else:
+                        if token is not None:
+                            session.extend([token])
+                        token = sampler.choose(session.logits())
                     choice.tokens += 1
                     ended = token in self.engine.ends
                     text = "" if ended else stops.feed(decode(token))

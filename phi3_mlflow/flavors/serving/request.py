@@ -6,6 +6,7 @@ schema (`mlflow.types.llm.CHAT_MODEL_INPUT_SCHEMA`) has them, and `seed`.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 2.0
 MAX_CHOICES = 128
 MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
 # Runs of 64 spaces are a token in some vocabularies, and nothing longer is common: a text with more
 # characters than this for every token of the context is refused before it is tokenized.
 CHARACTERS_PER_TOKEN = 128
@@ -54,7 +56,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that passed validation; `max_tokens` None means the model's default."""
+    """A request that passed validation; `max_tokens` None means the model's default.
+
+    Attributes:
+        top_logprobs: how many alternatives to each token are reported with its log probability;
+            None reports nothing.
+        schema: a JSON schema, as text, that the answer has to follow.
+    """
 
     messages: list[dict[str, str]] | None
     prompt: str | None
@@ -62,6 +70,8 @@ class Request:
     stop: tuple[str, ...]
     n: int
     sampling: Sampling
+    top_logprobs: int | None = None
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,40 @@ class _Fields:
                 self.problems.append(f"stop[{index}]: expected a text of at least one character")
         return tuple(text for text in value if isinstance(text, str) and text)
 
+    def top_logprobs(self) -> int | None:
+        wanted = self.row.get("logprobs")
+        if wanted is not None and not isinstance(wanted, bool):
+            self.problems.append(f"logprobs: expected true or false, found {_kind(wanted)}")
+        top = self.whole("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+        if top and not wanted:
+            self.problems.append("top_logprobs: needs logprobs: true")
+        return (top or 0) if wanted is True else None
+
+    def schema(self) -> str | None:
+        """The JSON schema of `response_format`, as text."""
+        wanted = self.row.get("response_format")
+        if wanted is None:
+            return None
+        kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return '{"type": "object"}'
+        if kind != "json_schema":
+            self.problems.append(
+                "response_format: expected an object whose type is text, json_object or json_schema"
+            )
+            return None
+        about = wanted.get("json_schema")
+        schema = about.get("schema") if isinstance(about, Mapping) else None
+        if not isinstance(schema, Mapping):
+            self.problems.append(
+                "response_format.json_schema.schema: expected a JSON schema (an object), found "
+                f"{_kind(schema)}"
+            )
+            return None
+        return json.dumps(schema)
+
     def unsupported(self) -> None:
         if self.row.get("tools"):
             self.problems.append("tools: this model calls no tools; leave the field out")
@@ -216,13 +260,14 @@ def _request(
     max_tokens = fields.whole("max_tokens", None, 1, context)
     n = fields.whole("n", 1, 1, MAX_CHOICES) or 1
     stop = fields.stop()
+    top_logprobs, schema = fields.top_logprobs(), fields.schema()
     if "stream" in fields.row and not isinstance(fields.row["stream"], bool):
         fields.problems.append(
             f"stream: expected true or false, found {_kind(fields.row['stream'])}"
         )
     if fields.problems:
         raise RequestError(fields.problems)
-    return Request(messages, prompt, max_tokens, stop, n, sampling)
+    return Request(messages, prompt, max_tokens, stop, n, sampling, top_logprobs, schema)
 
 
 def _seed(fields: _Fields) -> int:

@@ -23,6 +23,9 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng([sampling.seed, choice])
         self._counts: dict[int, int] = {}
+        penalties = sampling.frequency_penalty or sampling.presence_penalty
+        self.greedy = not penalties and (sampling.temperature == 0 or sampling.top_k == 1)
+        """Whether it always is the likeliest token."""
 
     def choose(self, logits: np.ndarray) -> int:
         """The next token.
