@@ -14,7 +14,7 @@ from phi3_mlflow.params import PARAMETERS
 from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
-COMMANDS = ("main", "cache")
+COMMANDS = ("main", "cache", "score")
 STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote", "reproduce")
 
 
@@ -84,6 +84,12 @@ def test_a_missing_input_names_the_command_that_makes_it(
         ("cache", ("--do", "clear"), "allowed: list, verify, prune"),
         ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 12h, 30d or 8w"),
         ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 500MB, 20GB"),
+        ("score", (), "input has to be given"),
+        ("score", ("--workers", "many", "--seed", "-1"), "workers = 'many': expected a whole"),
+        ("score", ("--workers", "many", "--seed", "-1"), "seed = '-1': expected a whole number"),
+        ("score", ("--master", "local[2]"), "master is for engine spark only"),
+        ("score", ("--engine", "spark", "--master", "here"), "allowed are local[N], spark://"),
+        ("score", ("--input", "a.csv", "--output", "b.csv"), "carries the alias champion"),
         ("main", ("--force", "everything"), "allowed: true, false, all, fetch"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Batch scoring: the rows of a file answered by a model, resumable, on this machine or on Spark."""

@@ -1,0 +1,171 @@
+"""The local engine: worker processes on this machine, each with one loaded model.
+
+A row is answered by the very computation of `predict`, one token at a time, so its answer does
+not depend on how many workers there are or which one it comes to. Several workers with one thread
+each make more of the cores than one worker with all of them, because the threads of one small
+matrix product wait for each other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.scoring.rows import Result
+from phi3_mlflow.scoring.worker import Ask, score
+
+Batch = list[tuple[int, str]]
+"""Index and request, as JSON, of each row."""
+Scored = list[tuple[int, Result]]
+
+MOST_WORKERS = 4
+_MEMORY_SHARE = 0.5
+_PROCESS_BYTES = 400_000_000  # Python with MLflow and a runtime, without the model
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    batch: Batch = field(default_factory=list)
+
+
+class LocalEngine:
+    """Answers batches with worker processes.
+
+    Args:
+        ask: which model, and how.
+        workers: how many processes.
+    """
+
+    def __init__(self, ask: Ask, workers: int) -> None:
+        self._ask = ask
+        self._wanted = workers
+        self._workers: list[_Worker] = []
+        self.models_loaded = 0
+
+    def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
+        """Score batches; their results come in the order in which they are ready.
+
+        A worker that dies over a batch is replaced, and the batch is done again a row at a time:
+        the row that kills its worker a second time, alone, has that as its error.
+
+        Raises:
+            EnvironmentProblem: workers die before they have answered anything.
+        """
+        waiting: deque[Batch] = deque()
+        try:
+            while True:
+                self._give_work(waiting, batches)
+                busy = [worker for worker in self._workers if worker.batch]
+                if not busy:
+                    return
+                ready = wait([worker.pipe for worker in busy])
+                for worker in [worker for worker in busy if worker.pipe in ready]:
+                    if scored := self._take(worker, waiting):
+                        yield scored
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers.clear()
+
+    def _give_work(self, waiting: deque[Batch], batches: Iterator[Batch]) -> None:
+        idle = [worker for worker in self._workers if not worker.batch]
+        while idle or len(self._workers) < self._wanted:
+            batch = waiting.popleft() if waiting else next(batches, None)
+            if batch is None:
+                return
+            worker = idle.pop() if idle else self._start()
+            worker.batch = batch
+            worker.pipe.send(batch)
+
+    def _start(self) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self._ask), daemon=True)
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self._workers.append(worker)
+        return worker
+
+    def _take(self, worker: _Worker, waiting: deque[Batch]) -> Scored | None:
+        try:
+            values, fresh = worker.pipe.recv()
+        except (EOFError, ConnectionError):
+            return self._bury(worker, waiting)
+        if isinstance(values, BaseException):
+            raise EnvironmentProblem(f"{self._ask.model} cannot be loaded: {values}") from values
+        self.models_loaded += fresh
+        done, worker.batch = worker.batch, []
+        return [(index, Result(*v)) for (index, _), v in zip(done, values, strict=True)]
+
+    def _bury(self, worker: _Worker, waiting: deque[Batch]) -> Scored | None:
+        worker.process.join()
+        self._workers.remove(worker)
+        if not self.models_loaded:
+            raise EnvironmentProblem(
+                f"the process that loads the model died (code {worker.process.exitcode}); the "
+                "usual reason is too little memory. Take fewer workers: -P workers=1"
+            )
+        if len(worker.batch) == 1:
+            reason = f"the process died over this row (code {worker.process.exitcode})"
+            return [(worker.batch[0][0], Result(error=reason))]
+        waiting.extend([row] for row in worker.batch)
+        return None
+
+
+def _work(pipe: Connection, ask: Ask) -> None:
+    """What a worker process does until its parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        while True:
+            batch = pipe.recv()
+            try:
+                pipe.send(score(ask, batch))
+            except ConnectionError:
+                return
+            except Exception as error:  # of loading: a row's own end in its result
+                pipe.send((RuntimeError(f"{type(error).__name__}: {error}"), False))
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers: they see to it themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fitting_workers(model: Path) -> int:
+    """How many workers this machine takes: one a core up to four, as far as memory allows.
+
+    A worker is counted with twice the model's size: runtimes repack the weights.
+    """
+    import psutil
+
+    size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+    room = psutil.virtual_memory().available * _MEMORY_SHARE
+    return max(1, min(cores(), MOST_WORKERS, int(room // (2 * size + _PROCESS_BYTES))))

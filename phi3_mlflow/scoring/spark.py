@@ -1,0 +1,216 @@
+"""The Spark engine: every batch is a job of one task, answered through `mapInPandas`.
+
+Jobs are given to Spark as long as it has room, so that its scheduler spreads them over the
+executors and each result reaches the journal when it is there. Spark keeps its Python worker
+processes between tasks (`spark.python.worker.reuse`), and each holds one loaded model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.scoring.local import Batch, Scored
+from phi3_mlflow.scoring.rows import COLUMNS, Result
+from phi3_mlflow.scoring.worker import Ask, score
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SCHEMA = (
+    "index long, response string, finish_reason string, prompt_tokens long, "
+    "completion_tokens long, error string, fresh boolean"
+)
+_ARCHIVE = "scored_model"
+_QUEUED = 2  # jobs for each core: one at work, one ready to follow
+
+
+class SparkEngine:
+    """Answers batches on Apache Spark.
+
+    Args:
+        ask: which model, and how; its threads are replaced by what a Spark task may use.
+        master: `local[N]`, `spark://HOST:PORT` or what else Spark takes.
+
+    Raises:
+        EnvironmentProblem: pyspark or Java is missing, or the master does not answer.
+    """
+
+    def __init__(self, ask: Ask, master: str) -> None:
+        self._ask = ask
+        self._master = master
+        self.models_loaded = 0
+
+    def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
+        """Score batches; their results come in the order in which they are ready."""
+        _check_installation()
+        with tempfile.TemporaryDirectory(prefix="phi3-mlflow-spark-") as folder:
+            session = _session(self._master)
+            try:
+                yield from self._run(session, batches, Path(folder))
+            finally:
+                session.stop()
+
+    def _run(self, session: Any, batches: Iterator[Batch], folder: Path) -> Iterator[Scored]:
+        context = session.sparkContext
+        context.addPyFile(str(_packed_code(folder)))
+        ask = replace(self._ask, threads=int(context.getConf().get("spark.task.cpus", "1")))
+        local = self._master.startswith("local")
+        if local:
+            cores = max(1, len(os.sched_getaffinity(0)) // context.defaultParallelism)
+            ask = replace(ask, threads=max(ask.threads, cores))
+        else:
+            context.addArchive(f"{_packed_model(Path(ask.model), folder)}#{_ARCHIVE}")
+        do = _task(ask, shipped=not local)
+        running: set[Future[list[Any]]] = set()
+        with ThreadPoolExecutor(max_workers=256) as pool:
+            try:
+                while True:
+                    while len(running) < _QUEUED * context.defaultParallelism:
+                        batch = next(batches, None)
+                        if batch is None:
+                            break
+                        running.add(pool.submit(_job, session, batch, do))
+                    if not running:
+                        return
+                    ready, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        yield self._scored(future)
+            except BaseException:
+                context.cancelAllJobs()
+                raise
+
+    def _scored(self, future: Future[list[Any]]) -> Scored:
+        try:
+            rows = future.result()
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise EnvironmentProblem(
+                f"Spark ({self._master}) could not do a batch: "
+                f"{type(error).__name__}: {_last_words(reason)}"
+            ) from error
+        self.models_loaded += any(row["fresh"] for row in rows)
+        return [(row["index"], Result(*(row[name] for name in COLUMNS))) for row in rows]
+
+
+def _job(session: Any, batch: Batch, do: Callable[[Any], Any]) -> list[Any]:
+    frame = session.createDataFrame(batch, "index long, request string").coalesce(1)
+    rows: list[Any] = frame.mapInPandas(do, _SCHEMA).collect()
+    return rows
+
+
+def _task(ask: Ask, shipped: bool) -> Callable[[Iterator[Any]], Iterator[Any]]:
+    """What an executor does with the rows of a batch."""
+
+    def do(frames: Iterator[Any]) -> Iterator[Any]:
+        import pandas
+        from pyspark import SparkFiles
+
+        mine = replace(ask, model=_unpacked(SparkFiles.get(_ARCHIVE))) if shipped else ask
+        for frame in frames:
+            batch = list(zip(frame["index"].tolist(), frame["request"].tolist(), strict=True))
+            values, fresh = score(mine, batch)
+            rows = [[index, *v, fresh] for (index, _), v in zip(batch, values, strict=True)]
+            # As objects: a column of tokens with a gap would become one of floats.
+            yield pandas.DataFrame(rows, columns=["index", *COLUMNS, "fresh"], dtype=object)
+
+    return do
+
+
+def _unpacked(path: str) -> str:
+    """The model's folder inside what Spark unpacked."""
+    return str(Path(path) / "model")
+
+
+def _session(master: str) -> Any:
+    from pyspark.sql import SparkSession
+
+    if not os.environ.get("PYSPARK_PYTHON") and master.startswith("local"):
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+    builder = (
+        SparkSession.builder.appName("phi3-mlflow score")
+        .master(master)
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.python.worker.reuse", "true")
+        .config("spark.log.level", "ERROR")
+    )
+    if master.startswith(("local", "spark://127.0.0.1", "spark://localhost")):
+        builder = builder.config("spark.driver.host", "127.0.0.1")
+        builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
+    try:
+        return builder.getOrCreate()
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise EnvironmentProblem(
+            f"Spark does not start on {master}: {type(error).__name__}: {_last_words(reason)}"
+        ) from error
+
+
+def _last_words(lines: list[str]) -> str:
+    """Of a traceback from an executor the line that says what it is about."""
+    told = [line for line in lines if line and not line.startswith((" ", "\t", "at "))]
+    return (told or lines or [""])[-1][:500]
+
+
+def _packed_code(folder: Path) -> Path:
+    """The package's own modules, for executors that have the libraries but not the project."""
+    target = folder / "phi3_mlflow_code.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(_PACKAGE.rglob("*.py")):
+            archive.write(file, file.relative_to(_PACKAGE.parent).as_posix())
+    return target
+
+
+def _packed_model(model: Path, folder: Path) -> Path:
+    """The model as an archive that Spark unpacks on every node; not compressed, weights do not."""
+    target = folder / "model.tar"
+    free, size = shutil.disk_usage(folder).free, sum(f.stat().st_size for f in model.rglob("*"))
+    if size > free:
+        raise EnvironmentProblem(
+            f"{folder} has {free / 1e9:.1f} GB free, and the model for the executors takes "
+            f"{size / 1e9:.1f} GB. Point TMPDIR to a larger disk."
+        )
+    with tarfile.open(target, "w", dereference=True) as archive:
+        archive.add(model, "model")
+    return target
+
+
+def _check_installation() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("pyspark") is None:
+        raise EnvironmentProblem(
+            "engine = 'spark' needs pyspark, which is not installed. Install it:\n"
+            "  python -m pip install -c requirements/constraints.txt -r requirements/spark.txt"
+        )
+    home = os.environ.get("JAVA_HOME")
+    if not (home and (Path(home) / "bin" / "java").is_file()) and not shutil.which("java"):
+        raise EnvironmentProblem(
+            "engine = 'spark' needs Java 17 or later, and there is no `java` on the PATH. "
+            "Install it (Debian: apt-get install openjdk-17-jre-headless), or set JAVA_HOME."
+        )
+
+
+def check_master(text: str) -> str:
+    """A master's address.
+
+    Raises:
+        UserError: it has none of the forms that Spark takes.
+    """
+    import re
+
+    if re.fullmatch(r"local(\[(\d+|\*)\])?|(spark|k8s|mesos)://\S+|yarn", text):
+        return text
+    raise UserError(
+        f"parameter: master = {text!r}: allowed are local[N], spark://HOST:PORT, yarn, "
+        "k8s://... and auto (this machine)"
+    )

@@ -1,0 +1,116 @@
+"""A model in a worker process: loaded once, asked row after row.
+
+Both engines run this, Spark's in the Python processes of its executors, which need not have more
+than the model's own requirements.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Values = list[Any]
+"""`[response, finish_reason, prompt_tokens, completion_tokens, error]`, as `rows.Result` has it."""
+
+_ERROR_LIMIT = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How a model is loaded and asked; plain values, so that it travels to any process.
+
+    Attributes:
+        model: a folder with an MLmodel file.
+        threads: processor threads of one worker.
+        prompts: the model takes a literal prompt instead of messages.
+        seeded: the model takes a seed.
+        options: `max_tokens`, `temperature`, `top_p`, as far as they were given.
+        seed: of the whole run; every row gets one of its own, made from it and the row's index.
+    """
+
+    model: str
+    threads: int
+    prompts: bool
+    seeded: bool
+    options: dict[str, Any]
+    seed: int
+
+
+class Scorer:
+    """A loaded model."""
+
+    def __init__(self, ask: Ask) -> None:
+        # MLflow's message for a request outside its schema would repeat the whole request.
+        os.environ["MLFLOW_DISABLE_SCHEMA_DETAILS"] = "true"
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import mlflow
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        self._ask = ask
+        self._model = mlflow.pyfunc.load_model(ask.model, model_config={"threads": ask.threads})
+
+    def answer(self, index: int, request: dict[str, Any]) -> Values:
+        """The result of one row; whatever goes wrong with it is its error."""
+        try:
+            return self._answer(index, request)
+        except Exception as error:
+            message = getattr(error, "message", "") or str(error) or type(error).__name__
+            return [None, None, None, None, message[:_ERROR_LIMIT]]
+
+    def _answer(self, index: int, request: dict[str, Any]) -> Values:
+        ask = self._ask
+        params = {"seed": row_seed(ask.seed, index)} if ask.seeded else {}
+        if ask.prompts:
+            text = self._model.predict(request, params={**ask.options, **params})
+            return [text, None, None, None, None]
+        answer = self._model.predict({**request, **ask.options}, params=params or None)
+        if isinstance(answer, list):  # as MLflow's own wrapper of transformers gives it
+            answer = answer[0]
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        return [
+            choice["message"]["content"],
+            choice.get("finish_reason"),
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+            None,
+        ]
+
+
+def row_seed(seed: int, index: int) -> int:
+    """The seed of one row, below 2**63: the same wherever and whenever the row is scored."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+_loaded: dict[str, Scorer] = {}
+
+
+def scorer(ask: Ask) -> tuple[Scorer, bool]:
+    """The model of this process, and whether this call had to load it."""
+    key = repr(ask)
+    if found := _loaded.get(key):
+        return found, False
+    _loaded.clear()  # a worker that serves another run does not keep both models
+    _loaded[key] = Scorer(ask)
+    return _loaded[key], True
+
+
+def score(ask: Ask, batch: Sequence[tuple[int, str]]) -> tuple[list[Values], bool]:
+    """Answer a batch.
+
+    Args:
+        ask: which model, and how.
+        batch: index and request, as JSON, of each row.
+
+    Returns:
+        Each row's values, and whether the model was loaded for it.
+    """
+    model, fresh = scorer(ask)
+    return [model.answer(index, json.loads(request)) for index, request in batch], fresh
