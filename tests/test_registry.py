@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +14,7 @@ from phi3_mlflow import registry
 from phi3_mlflow.errors import EXIT_BAD_INPUT, EnvironmentProblem, GateRefused, UserError
 from phi3_mlflow.registry import CHAMPION, VersionName, promote, rollback
 from tests.conftest import ROOT, Workspace
+from tests.fixtures.postgres import missing_postgres, running_postgres
 
 NAME = "m"
 PASSED = {"gate": "passed", "gate_decision": "promote", "gate_against": "none"}
@@ -182,49 +178,13 @@ def at_once(
     return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
 
-def _postgres_programs() -> Path | None:
-    """The folder of PostgreSQL's server programs; Debian does not put them on the PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    on_path = shutil.which("initdb")
-    place = found[-1] if found else Path(on_path).resolve() if on_path else None
-    return place.parent if place else None
-
-
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """A PostgreSQL server of this test's own, on loopback; the URI of an empty database."""
-    programs = _postgres_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
-    if find_spec("psycopg2") is None:
-        pytest.skip("psycopg2 is not installed (requirements/dev.txt names it)")
-    folder = Path(tempfile.mkdtemp(prefix="phi3-mlflow-pg-"))  # short: it holds a socket
-    as_user: list[str] = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        os.chown(folder, 65534, 65534)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data = folder / "data"
-
-    def program(name: str, *arguments: str) -> None:
-        command = [*as_user, str(programs / name), *arguments]
-        done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "HOME": str(folder)}, timeout=120,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-
-    program("initdb", "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync")
-    options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
-    log = str(folder / "log")
-    program("pg_ctl", "-D", str(data), "-l", log, "-o", options, "-w", "start")
-    try:
-        yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
-    finally:
-        program("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
-        shutil.rmtree(folder, ignore_errors=True)
+    """A PostgreSQL server of this test's own; the URI of an empty database."""
+    if reason := missing_postgres():
+        pytest.skip(reason)
+    with running_postgres() as uri:
+        yield uri
 
 
 @pytest.mark.slow
