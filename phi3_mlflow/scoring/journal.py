@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from array import array
 from collections import OrderedDict
@@ -117,7 +118,7 @@ class Journal:
     def _torn_header(self) -> bool:
         self._file.seek(0)
         start = self._file.read(64)
-        return start[9:20] == b'{"journal":'[: len(start[9:20])] and b"\n" not in start
+        return b"\n" not in start and bool(re.fullmatch(rb"[0-9a-f]{0,8}|[0-9a-f]{8} .*", start))
 
     def _read_batches(self) -> None:
         offset = self._file.tell()
