@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from phi3_mlflow.flavors.serving.front import Answerer, ChatFront, Config
+from phi3_mlflow.flavors.serving.request import RequestError
 
 END = 1
 
@@ -44,6 +45,12 @@ class ScriptedEngine:
 
     def decoder(self) -> Callable[[int], str]:
         return lambda token: chr(token - 10)
+
+    def spell(self, token: int) -> bytes:
+        return chr(token - 10).encode()
+
+    def open_guided(self, capacity: int, schema: str) -> ScriptedSession:
+        raise RequestError(["response_format: a script follows no schema"])
 
     def open(self, capacity: int) -> ScriptedSession:
         self.opened += 1

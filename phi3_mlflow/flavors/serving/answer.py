@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,11 +15,18 @@ class Choice:
     Attributes:
         tokens: how many tokens the model made for it, the one that ended the turn included.
         finish_reason: `stop` (the model ended its turn, or a stop text came up) or `length`.
+        chances: log probabilities of tokens, see `chances.Chances`.
     """
 
     text: str
     tokens: int
     finish_reason: str
+    chances: list[dict[str, Any]] = field(default_factory=list)
+
+    def take_chances(self) -> list[dict[str, Any]]:
+        """Those that came since this was called last."""
+        taken, self.chances = self.chances, []
+        return taken
 
 
 def new_id() -> str:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from .sampling import Sampler
+
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
 LEAST_PIECE = 16
@@ -37,6 +39,9 @@ class Session(Protocol):
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
 
+    def choose(self, sampler: Sampler) -> int:
+        """In a session of `open_guided`: choose the next token among those allowed, append it."""
+
 
 class Engine(Protocol):
     """A loaded model with its tokenizer."""
@@ -59,8 +64,18 @@ class Engine(Protocol):
     def decoder(self) -> Callable[[int], str]:
         """A function that takes the tokens of one answer in turn and gives their text."""
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token's text; none for a control token."""
+
     def open(self, capacity: int) -> Session:
         """An empty session that can hold `capacity` tokens."""
+
+    def open_guided(self, capacity: int, schema: str) -> Session:
+        """An empty session whose answer follows a JSON schema; it is not `reusable`.
+
+        Raises:
+            RequestError: this engine cannot, or not this schema.
+        """
 
 
 @dataclass(frozen=True)

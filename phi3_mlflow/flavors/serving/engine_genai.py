@@ -12,6 +12,7 @@ import numpy as np
 
 from .engine import Settings
 from .request import RequestError
+from .sampling import Sampler
 from .vocabulary import Vocabulary
 
 # onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
@@ -81,6 +82,36 @@ class GenaiEngine:
     def decoder(self) -> Callable[[int], str]:
         return self._vocabulary.decoder()
 
+    def spell(self, token: int) -> bytes:
+        return self._vocabulary.spell(token)
+
+    def open_guided(self, capacity: int, schema: str) -> GuidedSession:
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=capacity, do_sample=False)
+        if not hasattr(params, "set_guidance"):
+            raise RequestError(
+                [
+                    "response_format: the installed onnxruntime-genai was built without guidance, "
+                    "so it cannot hold an answer to a JSON schema"
+                ]
+            )
+        if 0 < self.rope_switch < capacity:
+            raise RequestError(
+                [
+                    "response_format: with a JSON schema, prompt and max_tokens together may be "
+                    f"{self.rope_switch} tokens; they are {capacity}"
+                ]
+            )
+        try:
+            params.set_guidance("json_schema", schema)
+            generator = self._og.Generator(self._model, params)
+        except RuntimeError as error:  # the grammar's compiler, or a build without it, says why
+            why = " ".join(str(error).split())
+            raise RequestError(
+                [f"response_format: the JSON schema cannot be followed: {why[:300]}"]
+            ) from error
+        return GuidedSession(generator, capacity, self.rope_switch, self._window)
+
     def open(self, capacity: int) -> GenaiSession:
         params = self._og.GeneratorParams(self._model)
         # max_length counts the prompt, and the key-value cache for all of it is allocated at once.
@@ -139,6 +170,24 @@ class GenaiSession:
     def rewind(self, length: int) -> None:
         self._generator.rewind_to(length)
         self._length = length
+
+
+class GuidedSession(GenaiSession):
+    """A session whose answer follows a grammar: the runtime keeps its state and masks the rest."""
+
+    def __init__(self, generator: Any, capacity: int, rope_switch: int, window: int) -> None:
+        super().__init__(generator, capacity, rope_switch, window)
+        self.reusable = False  # the grammar cannot be rewound
+
+    def choose(self, sampler: Sampler) -> int:
+        scores = sampler.scores(self.logits())
+        self._generator.set_logits(scores.reshape(1, 1, -1))
+        self._generator.generate_next_token()
+        token = int(self._generator.get_next_tokens()[0])
+        sampler.count(token)
+        self._count(1)
+        self.reusable = False
+        return token
 
 
 def _config(og: Any, folder: Path, settings: Settings) -> Any:

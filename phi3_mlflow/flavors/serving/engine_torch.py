@@ -10,6 +10,7 @@ import numpy as np
 
 from .engine import Settings
 from .request import RequestError
+from .sampling import Sampler
 from .vocabulary import Vocabulary
 
 
@@ -86,6 +87,17 @@ class TorchEngine:
     def decoder(self) -> Callable[[int], str]:
         return self._vocabulary.decoder()
 
+    def spell(self, token: int) -> bytes:
+        return self._vocabulary.spell(token)
+
+    def open_guided(self, capacity: int, schema: str) -> TorchSession:
+        raise RequestError(
+            [
+                "response_format: the transformers flavor cannot hold an answer to a JSON schema; "
+                "the onnx flavor can"
+            ]
+        )
+
     def open(self, capacity: int) -> TorchSession:
         return TorchSession(self._model, capacity, self.rope_switch)
 
@@ -128,6 +140,9 @@ class TorchSession:
         if token is not None:
             self.extend([token])
         return int(self._logits.argmax())
+
+    def choose(self, sampler: Sampler) -> int:
+        raise NotImplementedError("a session of open_guided, which this engine does not have")
 
     def rewind(self, length: int) -> None:
         if length == 0:

@@ -11,7 +11,9 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from . import request
 from .answer import Choice, ChunkMaker, completion
-from .engine import Engine, Settings, cuts
+from .chances import Chances
+from .engine import Engine, Session, Settings, cuts
+from .live import Abandoned, Live, watched
 from .prefixes import Prefixes
 from .request import Defaults, Request, RequestError
 from .sampling import Sampler
@@ -133,31 +135,59 @@ class Answerer:
         return choices
 
     def pieces(
-        self, wanted: Request, tokens: list[int], limit: int, index: int
+        self,
+        wanted: Request,
+        tokens: list[int],
+        limit: int,
+        index: int,
+        choice: Choice | None = None,
     ) -> Generator[str, None, Choice]:
-        """The text of choice `index`, piece by piece; the generator returns the `Choice`."""
-        session, done = self.prefixes.take(tokens, limit)
+        """The text of choice `index`, piece by piece; the generator returns the `Choice`.
+
+        Args:
+            choice: is filled in on the way; its text is not.
+
+        Raises:
+            Abandoned: see `live.abandoned_by`.
+        """
+        choice, left = choice or Choice("", 0, "length"), watched()
+        session, done = self._session(wanted, tokens, limit)
         for end in self._cuts(tokens):
             if end > done:
+                if left.is_set():
+                    if done:
+                        self.prefixes.give_back(session, tokens[:done])
+                    raise Abandoned
                 with self._turns:
                     session.extend(tokens[done:end])
                 done = end
         sampler, stops = Sampler(wanted.sampling, index), StopFinder(wanted.stop)
         decode = self.engine.decoder()
-        choice = Choice("", 0, "length")
+        top = wanted.top_logprobs
+        chances = None if top is None else Chances(top, self.engine.spell)
         token: int | None = None
         try:
             while choice.tokens < limit:
+                if left.is_set():
+                    raise Abandoned
                 with self._turns:
-                    if sampler.greedy:
+                    if wanted.schema is not None:
+                        logits = session.logits() if chances else None
+                        token = session.choose(sampler)
+                    elif sampler.greedy and chances is None:
                         token = session.follow(token)
                     else:
                         if token is not None:
                             session.extend([token])
-                        token = sampler.choose(session.logits())
+                        logits = session.logits()
+                        token = sampler.choose(logits)
                     choice.tokens += 1
                     ended = token in self.engine.ends
-                    text = "" if ended else stops.feed(decode(token))
+                    piece = "" if ended else decode(token)
+                    text = stops.feed(piece)
+                if chances and not ended:
+                    chances.note(token, logits, len(piece))
+                    choice.chances += chances.shown(len(text))
                 if ended or stops.found:
                     choice.finish_reason = "stop"
                 if text:
@@ -165,12 +195,19 @@ class Answerer:
                 if choice.finish_reason == "stop":
                     break
             if rest := stops.rest():
+                choice.chances += chances.shown(len(rest)) if chances else []
                 yield rest
-        except GeneratorExit:  # the client of a stream left; what was computed stays good
+        except (GeneratorExit, Abandoned):  # the client left; what was computed stays good
             self.prefixes.give_back(session, tokens)
             raise
         self.prefixes.give_back(session, tokens)
         return choice
+
+    def _session(self, wanted: Request, tokens: list[int], limit: int) -> tuple[Session, int]:
+        if wanted.schema is None:
+            return self.prefixes.take(tokens, limit)
+        with self._turns:
+            return self.engine.open_guided(len(tokens) + limit, wanted.schema), 0
 
     def _cuts(self, tokens: Sequence[int]) -> list[int]:
         engine = self.engine
@@ -291,6 +328,10 @@ class ChatFront(PythonModel):
         if problems:
             raise RequestError(problems)
         return parsed
+
+    def live(self) -> Live:
+        """What a server needs beyond `predict`."""
+        return Live(self._loaded())
 
     def _loaded(self) -> Answerer:
         if self.answerer is None:

@@ -9,6 +9,8 @@ from .request import Sampling
 # Sorting a whole vocabulary costs more than the forward pass of a small model; the likeliest tokens
 # nearly always hold the mass that top_p asks for.
 _CANDIDATES = 512
+# More than logits and noise can differ by, little enough for float32 to keep their differences.
+_AHEAD = 1000.0
 
 
 class Sampler:
@@ -34,17 +36,52 @@ class Sampler:
             logits: one float per token of the vocabulary, shape (V,); not changed.
         """
         sampling = self._sampling
+        logits = self._penalized(logits)
+        if sampling.temperature == 0 or sampling.top_k == 1:
+            token = int(logits.argmax())
+        else:
+            token = self._draw(logits)
+        self.count(token)
+        return token
+
+    def count(self, token: int) -> None:
+        """Take note of a token of the answer that was chosen by `scores`."""
+        self._counts[token] = self._counts.get(token, 0) + 1
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """Scores whose largest, among the tokens that somebody else allows, is the next token.
+
+        With Gumbel noise on the logits the largest is a draw from their distribution, whatever
+        tokens it is limited to (the Gumbel-max trick). Tokens outside `top_k` and `top_p` are put
+        behind all others: one of them comes only when no other is allowed.
+
+        Args:
+            logits: shape (V,); not changed.
+
+        Returns:
+            Shape (V,), float32.
+        """
+        sampling = self._sampling
+        logits = self._penalized(logits)
+        if sampling.temperature == 0 or sampling.top_k == 1:
+            return logits.astype(np.float32)
+        scaled = logits.astype(np.float64) / sampling.temperature
+        scaled -= scaled.max()
+        noisy = scaled + self._random.gumbel(size=len(scaled))
+        if sampling.top_k or sampling.top_p < 1:
+            weights = np.exp(scaled)
+            tokens = _likeliest(weights / weights.sum(), sampling.top_k, sampling.top_p)
+            noisy[tokens] += _AHEAD
+        return noisy.astype(np.float32)
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        sampling = self._sampling
         if self._counts and (sampling.frequency_penalty or sampling.presence_penalty):
             logits = logits.astype(np.float32, copy=True)
             seen = np.fromiter(self._counts, dtype=np.int64)
             times = np.fromiter(self._counts.values(), dtype=np.float32)
             logits[seen] -= sampling.frequency_penalty * times + sampling.presence_penalty
-        if sampling.temperature == 0 or sampling.top_k == 1:
-            token = int(logits.argmax())
-        else:
-            token = self._draw(logits)
-        self._counts[token] = self._counts.get(token, 0) + 1
-        return token
+        return logits
 
     def _draw(self, logits: np.ndarray) -> int:
         sampling = self._sampling

@@ -53,6 +53,10 @@ class Vocabulary:
             content = "" if added["special"] else added["content"]
             self._bytes[added["id"]] = content.encode()
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token; none for a control token."""
+        return self._bytes.get(token, b"")
+
     def decoder(self) -> Callable[[int], str]:
         """A function that takes the tokens of one answer in turn and gives their text.
 

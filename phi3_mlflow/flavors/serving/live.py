@@ -1,0 +1,129 @@
+"""What a server needs of a loaded model beyond `predict`: to stop an answer, to count its tokens.
+
+This is the one way in which a server talks to the model under MLflow's pyfunc wrapper:
+`python_model.live()` gives a `Live`; its `interface` says which version of it the model carries.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import request
+from .answer import Choice
+
+if TYPE_CHECKING:
+    from .front import Answerer
+
+INTERFACE = 1
+_here = threading.local()
+
+
+class Abandoned(Exception):
+    """Nobody waits for the answer any more; what was computed for it stays good."""
+
+
+@contextmanager
+def abandoned_by(event: threading.Event) -> Iterator[None]:
+    """End whatever this thread asks a model for with `Abandoned`, soon after `event` is set."""
+    before = getattr(_here, "event", None)
+    _here.event = event
+    try:
+        yield
+    finally:
+        _here.event = before
+
+
+def watched() -> threading.Event:
+    """The event of `abandoned_by` in this thread, or one that is never set."""
+    event = getattr(_here, "event", None)
+    return event if event is not None else threading.Event()
+
+
+@dataclass
+class Part:
+    """A piece of choice `index`. The last piece of a choice has its `finish_reason`.
+
+    Attributes:
+        chances: `Chances.shown` for this text, when they were asked for.
+        tokens: tokens made for this choice so far.
+    """
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+    chances: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Reply:
+    """One request that is being answered.
+
+    Attributes:
+        prompt_tokens: length of the prompt in tokens.
+        tokens: tokens made so far, for all choices.
+    """
+
+    def __init__(self, answerer: Answerer, wanted: request.Request) -> None:
+        self._answerer = answerer
+        self._wanted = wanted
+        self._tokens, self._limit = answerer.prepare(wanted)
+        self.prompt_tokens = len(self._tokens)
+        self.tokens = 0
+
+    def parts(self) -> Iterator[Part]:
+        """The answer piece by piece, the choices one after another."""
+        for index in range(self._wanted.n):
+            choice = Choice("", 0, "length")
+            running = self._answerer.pieces(self._wanted, self._tokens, self._limit, index, choice)
+            before = self.tokens
+            try:
+                for text in running:
+                    self.tokens = before + choice.tokens
+                    yield Part(index, text, choice.tokens, None, choice.take_chances())
+            finally:
+                running.close()
+                self.tokens = before + choice.tokens
+            yield Part(index, "", choice.tokens, choice.finish_reason, choice.take_chances())
+
+
+class Live:
+    """A loaded model, for a server. Every method may be called from several threads."""
+
+    interface = INTERFACE
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+        self.context: int = answerer.engine.context
+
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> request.Request:
+        """Check a request, `chat` (messages) or `prompt`; takes no time to speak of.
+
+        Raises:
+            RequestError: naming every field that is wrong, also as a list in `problems`.
+        """
+        config = self._answerer.config
+        read = request.parse_prompt if contract == "prompt" else request.parse_chat
+        given = {key: value for key, value in row.items() if value is not None}
+        defaults = request.Defaults(config.temperature, config.top_p)
+        return read(given, defaults, self.context)
+
+    def begin(self, wanted: request.Request) -> Reply:
+        """Take up a request: renders and tokenizes the prompt, which waits for its turn.
+
+        Raises:
+            RequestError: it does not fit the context.
+        """
+        return Reply(self._answerer, wanted)
+
+    def kept_bytes(self) -> int:
+        """Bytes of key-value cache kept for next turns."""
+        return self._answerer.prefixes.kept_bytes()
+
+    @staticmethod
+    def abandoned_by(event: threading.Event) -> Any:
+        """See the function of that name; `predict` in this thread minds it too."""
+        return abandoned_by(event)
