@@ -3,4 +3,9 @@
 The scripts in `steps/` hold the sequence, this package the logic.
 """
 
+import os
+
+# Before mlflow is imported, which would report its use; whoever wants that sets it to false.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 __version__ = "0.1.0"

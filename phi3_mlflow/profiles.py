@@ -56,6 +56,33 @@ class RuntimeSettings(Settings):
     provider: Literal["cpu", "cuda"] = "cpu"
 
 
+class JudgeSettings(Settings):
+    """A model that gives its opinion of the answers; its key comes from the environment."""
+
+    model: str = Field(
+        pattern=r"^[a-z][a-z0-9_.-]*:/[^/].*$",
+        description="as MLflow's judges name it: openai:/MODEL, anthropic:/MODEL, gateway:/ROUTE",
+    )
+    correctness: bool = Field(default=True, description="does the answer hold what was expected?")
+    guidelines: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], str] = Field(
+        default_factory=dict, description="name: what an answer has to keep to, in words"
+    )
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> JudgeSettings:
+        if not self.metrics:
+            raise ValueError("correctness is false and there are no guidelines: nothing to judge")
+        if self.correctness and "correctness" in self.guidelines:
+            raise ValueError("guidelines: the name correctness is taken")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What the judge's opinions are called among the metrics."""
+        names = (*(("correctness",) if self.correctness else ()), *self.guidelines)
+        return tuple(f"judge.{name}" for name in names)
+
+
 class EvaluationSettings(Settings):
     """What the model is measured on."""
 
@@ -65,6 +92,9 @@ class EvaluationSettings(Settings):
     questions: str = Field(default="auto", description="a JSONL, CSV or Parquet file of questions")
     texts: str = Field(default="auto", description="a JSONL file of held-out texts")
     window: int = Field(default=512, ge=32, le=4096, description="tokens scored in one piece")
+    judge: JudgeSettings | None = Field(
+        default=None, description="a model that judges the answers; default: none"
+    )
 
 
 class Bound(Settings):
@@ -127,8 +157,14 @@ class GateSettings(Settings):
 
     @field_validator("thresholds", "champion")
     @classmethod
-    def _known_metrics(cls, value: dict[str, Any]) -> dict[str, Any]:
-        unknown = sorted(set(value) - set(METRICS))
+    def _known_metrics(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # What a judge says of two models is not paired, so it is good for thresholds only.
+        by_a_judge = info.field_name == "thresholds"
+        unknown = sorted(
+            metric
+            for metric in value
+            if metric not in METRICS and not (by_a_judge and metric.startswith("judge."))
+        )
         if unknown:
             raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
         return value
@@ -192,6 +228,13 @@ class Profile(Settings):
             raise ValueError(
                 f"contract 'prompt' needs flavor 'onnx', found flavor '{self.flavor}'; "
                 "the transformers flavor answers the chat contract only"
+            )
+        judge = self.evaluation.judge
+        judges = {metric for metric in self.gate.thresholds if metric.startswith("judge.")}
+        if unknown := sorted(judges - set(judge.metrics if judge else ())):
+            known = ", ".join(judge.metrics) if judge else "none: evaluation.judge is not set"
+            raise ValueError(
+                f"gate.thresholds: no judge gives {', '.join(unknown)}; known: {known}"
             )
         if self.track is not None and self.sha256:
             raise ValueError(

@@ -194,6 +194,13 @@ def content(version: VersionName) -> str:
     return str(describe(version).tags.get("artifact_sha256", ""))
 
 
+def logged_model_id(version: VersionName) -> str | None:
+    """The id of the logged model that a version is, `m-...`, where it is one."""
+    found = describe(version)
+    tag = found.tags.get(LOGGED, "").partition("models:/")[2]
+    return str(getattr(found, "model_id", None) or tag) or None
+
+
 def same_content(one: VersionName, other: VersionName) -> bool:
     """Whether two versions are the same model, registered twice."""
     return bool(content(one)) and content(one) == content(other)

@@ -21,6 +21,7 @@ from phi3_mlflow.card import model_card
 from phi3_mlflow.cli import run_script
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.figures import HEADLINE
+from phi3_mlflow.evaluation.judge import check_judge
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
 from phi3_mlflow.params import AUTO, Request
 from phi3_mlflow.step import (
@@ -98,8 +99,10 @@ def settings(request: Request) -> dict[str, Any]:
     context = profile.runtime.max_context or profile.context_length
     sets = Sets(questions(request), texts(request), needles(request), context)
     gate = profile.gate.model_dump(mode="json", exclude_none=True)
+    judge = profile.evaluation.judge
     return {
         "window": profile.evaluation.window,
+        "judge": judge.model_dump(mode="json") if judge else {},
         **sets.digests(),
         "thresholds": gate["thresholds"],
         "champion_margins": gate["champion"],
@@ -113,6 +116,7 @@ def work(work: Work) -> None:
     from phi3_mlflow.evaluation.evaluate import Evaluator
 
     request, profile = work.request, work.request.profile
+    check_judge(profile.evaluation.judge)
     context = profile.runtime.max_context or profile.context_length
     evaluator = Evaluator(
         profile=profile,

@@ -253,4 +253,5 @@ def _peak() -> int:
 
 def read_answers(file: Path) -> list[Answer]:
     """What `row()` wrote, one JSON object a line."""
-    return [Answer(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+    # Not splitlines: it also splits at characters that an answer may hold, such as U+2028.
+    return [Answer(**json.loads(line)) for line in file.read_text("utf-8").split("\n") if line]

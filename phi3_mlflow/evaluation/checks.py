@@ -133,6 +133,19 @@ class JsonCheck(Line):
 Check = Annotated[ExactCheck | RegexCheck | NumericCheck | JsonCheck, Field(discriminator="kind")]
 
 
+def describe(check: Check) -> str:
+    """What a right answer looks like, in words."""
+    if isinstance(check, ExactCheck):
+        others = f" or {', '.join(check.aliases)}" if check.aliases else ""
+        return f"{'exactly ' if check.mode == 'equals' else ''}{check.value}{others}"
+    if isinstance(check, NumericCheck):
+        slack = f" ± {check.tolerance:g}" if check.tolerance else ""
+        return f"the number {check.value:g}{slack}"
+    if isinstance(check, RegexCheck):
+        return f"something that matches {check.pattern}"
+    return f"JSON: {check.shape.model_dump_json(by_alias=True, exclude_defaults=True)}"
+
+
 _POINT = re.compile(r"[0-9]\.[0-9]")
 
 

@@ -18,7 +18,7 @@ from phi3_mlflow import console, registry
 from phi3_mlflow.errors import ProjectError
 from phi3_mlflow.evaluation.gate import TIMED, Verdict, against_champion, judge
 from phi3_mlflow.evaluation.junit import junit_xml
-from phi3_mlflow.evaluation.measure import Sets, measured
+from phi3_mlflow.evaluation.measure import Sets, long_prompts, measured
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
 from phi3_mlflow.profiles import Profile
@@ -87,6 +87,7 @@ class Evaluator:
 
         out.mkdir(parents=True)
         found = self._measure(version, fresh=self.fresh)
+        found = self._assess(version, found)
         verdict = judge(found.metrics, self.profile.gate.thresholds)
         champion, verdict = self._compare(version, found, verdict)
         found.write(out)
@@ -95,6 +96,21 @@ class Evaluator:
         evaluation = Evaluation(version, found, verdict, champion)
         figures = write_report(evaluation, self, out, self._reference_answers(evaluation))
         return replace(evaluation, figures=figures)
+
+    def _assess(self, version: registry.VersionName, found: Measurement) -> Measurement:
+        """Show the answers in MLflow, and add what the judge says of them, if there is one."""
+        from mlflow.exceptions import MlflowException
+
+        from phi3_mlflow.evaluation.assessments import log_answers
+
+        asked = [*self.questions, *long_prompts(self.reference, self.sets.fitting())]
+        try:
+            opinions = log_answers(version, asked, found, self.profile.evaluation.judge)
+        except MlflowException as error:
+            # A store without traces is no reason to lose what was measured.
+            console.say(f"  the answers cannot be shown as an evaluation in MLflow: {error}")
+            return found
+        return replace(found, metrics={**found.metrics, **opinions})
 
     def _reference_answers(self, evaluation: Evaluation) -> dict[str, str]:
         """What full precision says to the questions that are shown; in size full only, because

@@ -140,7 +140,7 @@ def write(metric: str, value: float) -> str:
     """A value with its unit; what is not known is written with four digits."""
     if metric in FIGURES:
         return FIGURES[metric].write(value)
-    return _share(value) if metric.startswith("accuracy.") else f"{value:.4g}"
+    return _share(value) if metric.startswith(("accuracy.", "judge.")) else f"{value:.4g}"
 
 
 def label(metric: str) -> str:
@@ -150,6 +150,8 @@ def label(metric: str) -> str:
     head, _, category = metric.partition(".")
     if head == "accuracy" and category:
         return f"{category.replace('_', ' ')}, answered right"
+    if head == "judge" and category:
+        return f"{category.replace('_', ' ')}, says the judge"
     return metric.replace("_", " ")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow import registry
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
+from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.figures import FIGURES, label, write
 from phi3_mlflow.evaluation.gate import Comparison
 from phi3_mlflow.evaluation.measurement import Measurement
@@ -219,7 +220,7 @@ def worst_answers(
                 "category": question.category.replace("_", " "),
                 "level": question.level,
                 "turns": [(m.role, _cut(m.content)) for m in question.messages],
-                "wanted": wanted(question),
+                "wanted": describe(question.check),
                 "answer": _cut(answer.text),
                 "marks": _marks(answer),
                 "champion": _cut(other.text) if other else None,
@@ -239,20 +240,6 @@ def _marks(answer: Answer) -> list[str]:
     if not answer.text.strip():
         marks.append("empty")
     return marks
-
-
-def wanted(question: Question) -> str:
-    """What a right answer looks like, in words."""
-    check = question.check
-    if check.kind == "exact":
-        others = f" or {', '.join(check.aliases)}" if check.aliases else ""
-        return f"{'exactly ' if check.mode == 'equals' else ''}{check.value}{others}"
-    if check.kind == "numeric":
-        slack = f" ± {check.tolerance:g}" if check.tolerance else ""
-        return f"the number {check.value:g}{slack}"
-    if check.kind == "regex":
-        return f"something that matches {check.pattern}"
-    return f"JSON: {check.shape.model_dump_json(by_alias=True, exclude_defaults=True)}"
 
 
 def _cut(text: str) -> str:
