@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -53,35 +51,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
-def decode_speed(onnx: Path, tokens: int = 64, runs: int = 5) -> float:
-    """Tokens a second, the median of some runs, greedy, after a prompt of 16 tokens."""
-    import numpy as np
-    import onnxruntime_genai as og
-
-    config = og.Config(str(onnx))
-    threads = {"intra_op_num_threads": os.cpu_count()}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
-    model = og.Model(config)
-    speeds = []
-    for _ in range(runs):
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=16 + tokens + 1, min_length=16 + tokens)
-        generator = og.Generator(model, params)
-        generator.append_tokens(np.arange(100, 116, dtype=np.int32)[None, :])
-        generator.generate_next_token()
-        started = time.monotonic()
-        for _ in range(tokens - 1):
-            generator.generate_next_token()
-        speeds.append((tokens - 1) / (time.monotonic() - started))
-    return statistics.median(speeds)
-
-
 def main() -> None:
     """The command line."""
     from _result import write_result
 
     from phi3_mlflow.evaluation.divergence import compare, tokenize
     from phi3_mlflow.evaluation.logits import OnnxLogits, TorchLogits
+    from phi3_mlflow.evaluation.speed import decode_speed
     from phi3_mlflow.genai.check import check_export
     from phi3_mlflow.genai.export import export_onnx
     from phi3_mlflow.quantization.quantize import quantize_checkpoint

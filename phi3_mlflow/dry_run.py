@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from phi3_mlflow.params import Request
 from phi3_mlflow.pipeline import for_step
+from phi3_mlflow.profiles import Profile
 from phi3_mlflow.step import Outcome, Plan, Step, hit, plan, slot
 from phi3_mlflow.store import Entry, Store
 
@@ -43,6 +44,10 @@ class DryRun:
         self._request = request
         self._store = Store()
         self.forecasts: list[Forecast] = []
+
+    def go_on_with(self, profile: Profile) -> None:
+        """Take another profile for the steps that are left."""
+        self._request = replace(self._request, profile=profile)
 
     def run(self, step: Step, **given: str) -> Outcome:
         """Foretell a step.

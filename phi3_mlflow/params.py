@@ -49,7 +49,8 @@ _ALL = (
     Parameter("flavor", "onnx, transformers or both", profile_key="flavor"),
     Parameter("contract", "chat, or prompt (ONNX flavor only)", profile_key="contract"),
     Parameter("precision", "int4 or fp32, of the ONNX flavor", profile_key="precision"),
-    Parameter("algorithm", "how int4 weights are rounded", profile_key="quantization.algorithm"),
+    Parameter("algorithm", "how int4 weights are rounded: rtn, k_quant, k_quant_mixed, gptq, or "
+              "search, which tries the profile's candidates", profile_key="quantization.algorithm"),
     Parameter("block_size", "weights that share a scale", profile_key="quantization.block_size",
               number=True),
     Parameter("registered_model", "name in the Model Registry", profile_key="registered_model"),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from phi3_mlflow import console
 from phi3_mlflow.errors import EXIT_DONE, EnvironmentProblem, StepFailed
 from phi3_mlflow.params import Request
+from phi3_mlflow.profiles import Profile
 from phi3_mlflow.step import Outcome, Plan, Step, carry_out, hit, plan
 from phi3_mlflow.store import Store
 
@@ -42,6 +43,10 @@ class Pipeline(AbstractContextManager["Pipeline"]):
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
+
+    def go_on_with(self, profile: Profile) -> None:
+        """Take another profile for the steps that are left."""
+        self._request = replace(self._request, profile=profile)
 
     def run(self, step: Step, **given: str) -> Outcome:
         """Do a step, or find it done.

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.quantization.search import Budget
 from phi3_mlflow.quantization.settings import QuantizationSettings
 from phi3_mlflow.sources.spec import HubSource, parse_source
 
@@ -170,6 +171,24 @@ class GateSettings(Settings):
         return value
 
 
+def _default_candidates() -> dict[str, QuantizationSettings]:
+    return {
+        name: QuantizationSettings(algorithm=name) for name in ("rtn", "k_quant", "k_quant_mixed")
+    }
+
+
+class SearchSettings(Settings):
+    """The quantizations that `algorithm: search` tries, and what the one it keeps must keep to."""
+
+    on: bool = Field(
+        default=False, description="try the candidates; the same as quantization.algorithm: search"
+    )
+    candidates: dict[str, QuantizationSettings] = Field(
+        default_factory=_default_candidates, min_length=1, description="name: quantization settings"
+    )
+    budget: Budget = Budget()
+
+
 class Profile(Settings):
     """One model and what is to become of it."""
 
@@ -197,6 +216,7 @@ class Profile(Settings):
     precision: Precision = "int4"
     registered_model: str = Field(pattern=r"^[^/:@]+$", description="default: the profile's name")
     quantization: QuantizationSettings = QuantizationSettings()
+    search: SearchSettings = SearchSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
@@ -332,7 +352,9 @@ def load_profile(
         content.pop("track", None)
     for key, value in overrides.items():
         _lay_over(content, key, value)
-    _find_calibration(content, file)
+    _search_instead(content, overrides.get("quantization.algorithm"))
+    for chosen in _quantizations(content):
+        _find_calibration(chosen, file)
     found: list[str] = list(problems)
     try:
         profile = Profile.model_validate(content)
@@ -361,11 +383,29 @@ def _another_algorithm(content: dict[str, Any], algorithm: str | int | None) -> 
     content["quantization"] = {k: v for k, v in chosen.items() if k in _FOR_EVERY_ALGORITHM}
 
 
-def _find_calibration(content: dict[str, Any], file: Path) -> None:
-    """GPTQ without texts takes the project's; a relative file counts from the profile's folder."""
-    chosen = content.get("quantization")
-    if not isinstance(chosen, dict):
+def _search_instead(content: dict[str, Any], algorithm: str | int | None) -> None:
+    """`quantization.algorithm: search` means: try the candidates. A parameter that names an
+    algorithm means: do not."""
+    chosen, search = content.get("quantization"), content.setdefault("search", {})
+    if not isinstance(search, dict):
         return
+    if isinstance(chosen, dict) and chosen.get("algorithm") == "search":
+        content["quantization"], search["on"] = {}, True
+    elif algorithm is not None:
+        search["on"] = False
+
+
+def _quantizations(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every set of quantization settings in a profile file."""
+    search = content.get("search")
+    candidates = search.get("candidates") if isinstance(search, dict) else None
+    found = [content.get("quantization")]
+    found += list(candidates.values()) if isinstance(candidates, dict) else []
+    return [chosen for chosen in found if isinstance(chosen, dict)]
+
+
+def _find_calibration(chosen: dict[str, Any], file: Path) -> None:
+    """GPTQ without texts takes the project's; a relative file counts from the profile's folder."""
     named = chosen.get("calibration")
     if isinstance(named, str):
         chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())

@@ -18,6 +18,7 @@ from phi3_mlflow.store import Entry
 
 if TYPE_CHECKING:
     import mlflow
+    from matplotlib.figure import Figure
     from pydantic import BaseModel
 
     from phi3_mlflow.step import Input
@@ -86,6 +87,20 @@ class StepRun:
             frame = pandas.DataFrame([{"row": row.model_dump_json(by_alias=True)} for row in rows])
             mlflow.log_input(from_pandas(frame, name=name), context="evaluation")
         mlflow.log_artifacts(str(folder), "evaluation")
+
+    def rename(self, name: str) -> None:
+        """Show this run under another name than its step's."""
+        import mlflow
+
+        mlflow.set_tag("mlflow.runName", name)
+
+    def log_search(self, rows: Sequence[Mapping[str, Any]], plot: Figure) -> None:
+        """Log the candidates of a search: a table of them, and their plot."""
+        import mlflow
+        import pandas
+
+        mlflow.log_table(pandas.DataFrame(list(rows)), "search/candidates.json")
+        mlflow.log_figure(plot, "search/pareto.png")
 
     def finish(self, step: str, entry: Entry, was_there: bool) -> None:
         """Log figures and the output's manifest, and print the summary line."""

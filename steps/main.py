@@ -24,9 +24,9 @@ from phi3_mlflow.params import Request
 from phi3_mlflow.pipeline import Pipeline
 from phi3_mlflow.step import Outcome
 from phi3_mlflow.tracking import connect, step_run, summary_line, tracking_identity
-from steps import evaluate, export, fetch, log, promote, quantize, register
+from steps import evaluate, export, fetch, log, promote, quantize, register, search
 
-STEPS = (fetch, quantize, export, log, register, evaluate, promote)
+STEPS = (fetch, search, quantize, export, log, register, evaluate, promote)
 PARAMETERS = (
     "profile",
     "source",
@@ -74,7 +74,11 @@ def foretell(request: Request) -> str:
     dry = DryRun(request)
     profile = request.profile
     followed = fetch.followed(request)
-    skipped = {"quantize": not profile.quantizes, "export": not profile.makes_onnx}
+    skipped = {
+        "search": not (profile.quantizes and profile.search.on),
+        "quantize": not profile.quantizes,
+        "export": not profile.makes_onnx,
+    }
     try:
         sequence(dry, request, followed)
     except Unknown:
@@ -87,6 +91,9 @@ def sequence(pipeline: Pipeline | DryRun, request: Request, followed: Mapping[st
     profile = request.profile
     checkpoint = path = str(pipeline.run(fetch.STEP, **followed).entry.path)
     if profile.quantizes:
+        if profile.search.on:
+            found = pipeline.run(search.STEP, checkpoint=checkpoint)
+            pipeline.go_on_with(search.chosen(request, found.record))
         path = str(pipeline.run(quantize.STEP, checkpoint=checkpoint).entry.path)
     if profile.makes_onnx:
         onnx = str(pipeline.run(export.STEP, checkpoint=path).entry.path)

@@ -35,6 +35,12 @@ def inputs(request: Request, store: Store) -> dict[str, Input]:
             f"quantize has nothing to do for flavor {request.profile.flavor} with precision "
             f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
         )
+    if request.profile.search.on:
+        raise UserError(
+            "quantize rounds in one way, and algorithm search is a choice among several: run\n"
+            "  mlflow run . -e search\nwhich leaves the best candidate for the steps after it, "
+            "or main, which does so by itself."
+        )
     if request.is_auto("checkpoint"):
         return {"checkpoint": entry_input(preceding_output(request, store, "checkpoint", "fetch"))}
     text = request.value("checkpoint")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from phi3_mlflow.errors import ProjectError, UserError, problem_list
 from phi3_mlflow.quantization.settings import QuantizationSettings
 
@@ -32,14 +34,15 @@ class Measurement:
     tokens_per_second: float
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(BaseModel):
     """What a candidate must keep to; None does not limit."""
 
-    data_bytes: int | None = None
-    tokens_per_second: float | None = None
-    kl_mean: float | None = None
-    top1_agreement: float | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_bytes: int | None = Field(default=None, gt=0, description="of model.onnx.data at most")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="at least")
+    kl_mean: float | None = Field(default=None, ge=0, description="at most")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="at least")
 
     def excess(self, found: Measurement) -> list[str]:
         """What a candidate fails, each as a sentence with by how much; empty when it fits."""

@@ -15,7 +15,17 @@ from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
 COMMANDS = ("main", "cache", "score")
-STEPS = ("fetch", "quantize", "export", "log", "register", "evaluate", "promote", "reproduce")
+STEPS = (
+    "fetch",
+    "search",
+    "quantize",
+    "export",
+    "log",
+    "register",
+    "evaluate",
+    "promote",
+    "reproduce",
+)
 
 
 def invoke(name: str, *options: str) -> Result:
