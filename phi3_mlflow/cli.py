@@ -14,6 +14,7 @@ from phi3_mlflow import console
 from phi3_mlflow.errors import EXIT_DONE, EXIT_FAULT, ProjectError
 from phi3_mlflow.params import PARAMETERS, Request, read_request
 from phi3_mlflow.step import Step, carry_out
+from phi3_mlflow.store import is_full_disk
 
 
 def command(
@@ -82,6 +83,16 @@ def guarded(do: Callable[[], object]) -> int:
     except MemoryError:
         print(
             "error: not enough memory. Close other programs, or take a smaller profile.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_FAULT
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        print(
+            "error: no space left on a disk: look at the cache (PHI3_MLFLOW_CACHE), at MLflow's "
+            "database and artifacts, and at the folder for temporary files (TMPDIR).",
             file=sys.stderr,
             flush=True,
         )

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -27,10 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.errors import EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.manifests import MANIFEST_NAME, Manifest, walk_files
 
 _KEY_LENGTH = 40
+_MEANS_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+_FULL_BYTES = 1 << 20
+_FULL_FILES = 16
+# numpy's tofile loses the error's number; safetensors and SQLite pass it on as text.
+_FULL_IN_WORDS = re.compile(
+    r"^\d+ requested and \d+ written$|\(os error 28\)|database or disk is full"
+)
 
 
 def cache_root() -> Path:
@@ -96,7 +104,11 @@ class Store:
         try:
             entry = self._read(step, key)
             whole = not self._damage(place, entry.manifest)
-        except (UserError, OSError, ValueError, KeyError):
+        except (UserError, ValueError, KeyError):
+            whole = False
+        except OSError as error:
+            if error.errno not in _MEANS_DAMAGE:  # too many open files, say: no fault of the output
+                raise EnvironmentProblem(f"{place} cannot be read: {error.strerror}") from error
             whole = False
         if not whole:
             shutil.rmtree(place, ignore_errors=True)
@@ -198,14 +210,11 @@ class Store:
         Raises:
             EnvironmentProblem: the disk is full.
         """
-        nursery = self.root / "building"
-        nursery.mkdir(parents=True, exist_ok=True)
         # No hyphen may be in the random part: `sweep` takes the name apart.
-        work = nursery / f"{step}-{key}-{secrets.token_hex(6)}"
-        work.mkdir()
+        work = self.root / "building" / f"{step}-{key}-{secrets.token_hex(6)}"
         try:
             output = work / "output"
-            output.mkdir()
+            output.mkdir(parents=True)
             yield output
             manifest = Manifest.of_directory(output)
             manifest.write(output)
@@ -218,16 +227,31 @@ class Store:
                 shutil.rmtree(place)
             work.rename(place)
             _sync_directory(place.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise EnvironmentProblem(
-                    f"{step}: no space left on the disk that holds {self.root}.\n"
-                    "Nothing of the unfinished output was kept. Free some space, or set "
-                    "PHI3_MLFLOW_CACHE to a folder on a larger disk."
-                ) from error
+        except ProjectError:
+            raise
+        except Exception as error:
+            if is_full_disk(error):
+                raise EnvironmentProblem(f"{step}: {self._no_space()}") from error
             raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+    def _no_space(self) -> str:
+        """What to do about a full disk; which one it is, as far as that can be seen."""
+        disk = os.statvfs(self.root)
+        free = disk.f_bavail * disk.f_frsize
+        if free < _FULL_BYTES or (disk.f_files and disk.f_favail < _FULL_FILES):
+            return (
+                f"no space left on the disk that holds {self.root}.\n"
+                "Nothing of the unfinished output was kept. Free some space, or set "
+                "PHI3_MLFLOW_CACHE to a folder on a larger disk."
+            )
+        return (
+            f"no space left on a disk. The one that holds {self.root} still has "
+            f"{free / 1e9:.1f} GB free: look also at MLflow's database and artifacts, and at the "
+            "folder for temporary files (TMPDIR).\n"
+            "Nothing of the unfinished output was kept. Free some space, and run it again."
+        )
 
     def set_latest(self, profile: str, slot: str, key: str) -> None:
         """Remember what a step last left for a profile."""
@@ -271,7 +295,9 @@ class Store:
         untouched = known == stamps
         problems = manifest.differences(output, hashes=not untouched)
         if not problems:
-            _write_json(place / "verified.json", stamps)  # also tells `prune` that it is in use
+            # Also tells `prune` that it is in use. On a full disk the output is none the worse.
+            with suppress(OSError):
+                _write_json(place / "verified.json", stamps)
         return problems
 
 
@@ -284,6 +310,17 @@ def _stamps(output: Path) -> dict[str, list[int]]:
         # A rename of the directory above leaves all of these as they are.
         stamps[path] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     return stamps
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if _FULL_IN_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -304,8 +341,12 @@ def _flock(file: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
 def _write_json(file: Path, content: Any) -> None:
     """Replace a JSON file in one step."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_tree(directory: Path) -> None:

@@ -9,6 +9,7 @@ the ONNX flavor is models-from-code over onnxruntime-genai, complete in itself.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def work(work: Work) -> None:
         model_id = find_logged(work, flavor)
         if model_id is None:
             log = log_onnx_model if flavor == "onnx" else log_transformers_model
-            model_id = log(work, directory, tags | {"step_key": work.key}).model_id
+            try:
+                model_id = log(work, directory, tags | {"step_key": work.key}).model_id
+            except BaseException:
+                with suppress(Exception):  # what went wrong is to be told, not this
+                    find_logged(work, flavor)
+                raise
         uri = f"models:/{model_id}"
         models.append({"flavor": flavor, "model_id": model_id, "model_uri": uri, "tags": tags})
     work.record({"models": models})
@@ -79,9 +85,11 @@ def work(work: Work) -> None:
 def find_logged(work: Work, flavor: str) -> str | None:
     """The model that an earlier run logged before it was killed, when it is whole.
 
-    A model that was left unfinished is deleted: nobody else works under this key.
+    A model that was left unfinished is deleted, its files too: nobody else works under this key.
     """
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     client = MlflowClient()
     found = None
@@ -90,6 +98,10 @@ def find_logged(work: Work, flavor: str) -> str | None:
         f"tags.step_key = '{work.key}' and tags.flavor = '{flavor}'",
     ):
         if str(model.status) != "READY":
+            # The files first: MLflow leaves them where they are.
+            with suppress(MlflowException, OSError, NotImplementedError):
+                if model.model_id in model.artifact_location:
+                    get_artifact_repository(model.artifact_location).delete_artifacts()
             client.delete_logged_model(model.model_id)
         elif not work.request.flag("force") and not _trouble(model.model_id):
             found = str(model.model_id)

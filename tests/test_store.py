@@ -163,3 +163,52 @@ def test_keys_differ_when_anything_differs_even_the_type(one, other) -> None:
 @pytest.mark.parametrize("pair", [(1, "1"), (1, True), (0, False), (1, 1.0), ("", None)])
 def test_values_that_look_alike_are_told_apart(pair: tuple) -> None:
     assert key_of({"x": pair[0]}) != key_of({"x": pair[1]})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError("16384 requested and 15872 written"),  # as numpy's tofile has it
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_in_every_guise(store: Store, error: Exception) -> None:
+    wrapped = RuntimeError("the library's own")
+    wrapped.__cause__ = error
+    for each in (error, wrapped):
+        with pytest.raises(EnvironmentProblem, match="no space left"):
+            fail_while_building(store, each)
+
+
+def test_another_error_is_not_taken_for_a_full_disk(store: Store) -> None:
+    with pytest.raises(OSError, match="Input/output"):
+        fail_while_building(store, OSError(errno.EIO, "Input/output error"))
+
+
+def test_what_cannot_be_marked_as_used_is_still_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("phi3_mlflow.store._write_json", full)
+    assert store.find("quantize", KEY) is not None
+
+
+def test_too_many_open_files_do_not_cost_an_output(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+
+    def exhausted(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("phi3_mlflow.store._stamps", exhausted)
+        with pytest.raises(EnvironmentProblem, match="Too many open files"):
+            store.find("quantize", KEY)
+    assert store.find("quantize", KEY) is not None

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from phi3_mlflow.provenance import content_manifest
+from phi3_mlflow.store import Store
+from tests.fixtures.postgres import free_port, missing_postgres, running_postgres
 from tests.fixtures.tiny_line import write_profile
 
 pytestmark = pytest.mark.slow
 
 EXPERIMENT = "phi3-mlflow"
+MEASURES_THE_MACHINE = re.compile(
+    r"seconds|_s$|_s\.|per_second|time|memory|rss|bytes_read|bytes_written|cpu|load|latency"
+)
 GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.com")
 
 
@@ -62,9 +71,7 @@ def served(root, tmp_path_factory) -> Iterator[Served]:
     (project / "CHANGELOG.md").write_text("changed\n")
     git(project, "commit", "--quiet", "--all", "-m", "Two")
     commits["trunk"] = git(project, "rev-parse", "HEAD")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     daemon = subprocess.Popen(
         ["git", "daemon", "--listen=127.0.0.1", f"--port={port}", "--export-all",
          f"--base-path={base}", str(base)],
@@ -89,10 +96,15 @@ class Caller:
 
     folder: Path
     profile: Path
+    server: str | None = None
 
     @property
     def tracking_uri(self) -> str:
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
+        return self.server or f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
 
     @property
     def clones(self) -> Path:
@@ -107,7 +119,7 @@ class Caller:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "PHI3_MLFLOW_CACHE": str(self.folder / "cache"),
+            "PHI3_MLFLOW_CACHE": str(self.cache),
             "TMPDIR": str(self.clones),
             **(environment or {}),
         }
@@ -123,11 +135,13 @@ class Caller:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def last_run(self):
+    def last_run(self, step: str | None = None):
         client = MlflowClient(self.tracking_uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
-        return client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
+        only = f"tags.step = '{step}'" if step else ""
+        newest = ["start_time DESC"]
+        return client.search_runs([experiment.experiment_id], only, order_by=newest)[0]
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +175,51 @@ def test_a_step_from_a_git_url(served, caller, version):
         assert (output / file["path"]).stat().st_size == file["size"]
 
 
-def test_main_leaves_nothing_needed_in_the_clone(served, caller):
-    caller.mlflow_run(served.url, "--env-manager", "local")
+@pytest.fixture(scope="module")
+def tracking_server(tmp_path_factory) -> Iterator[str | None]:
+    """MLflow's server over PostgreSQL, its artifacts in a folder of its own; None without one."""
+    if missing_postgres():
+        yield None
+        return
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    with running_postgres() as database, (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+             "--backend-store-uri", database, "--artifacts-destination", str(folder / "store")],
+            cwd=folder, start_new_session=True, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def first(served, caller) -> Caller:
+    """`main` from the git URL, the clone gone."""
+    caller.mlflow_run(served.url, "-v", "trunk", "--env-manager", "local")
     shutil.rmtree(caller.clones)
+    return caller
+
+
+@pytest.fixture(scope="module")
+def second(served, caller, tracking_server, tmp_path_factory) -> Caller:
+    """The same in another folder, with another cache and, where there can be one, on a server."""
+    other = Caller(tmp_path_factory.mktemp("another"), caller.profile, tracking_server)
+    other.mlflow_run(served.url, "-v", "v1.0.0", "--env-manager", "local")
+    shutil.rmtree(other.clones)
+    return other
+
+
+def assert_nothing_needed_is_in_the_clone(caller: Caller, commit: str) -> None:
+    """The clone is gone; what a run leaves has to work without it."""
     ask = (
         "import mlflow; model = mlflow.pyfunc.load_model('models:/tiny@champion');"
         "answer = model.predict({'messages': [{'role': 'user', 'content': 'Hello'}],"
@@ -175,9 +231,74 @@ def test_main_leaves_nothing_needed_in_the_clone(served, caller):
     assert "completion_tokens" in done.stdout
     client = MlflowClient(caller.tracking_uri)
     version = client.get_model_version_by_alias("tiny", "champion")
-    assert version.tags["git_commit"] == served.commits["trunk"]
+    assert version.tags["git_commit"] == commit
     for experiment in client.search_experiments():
         assert str(caller.clones) not in experiment.artifact_location
+
+
+def test_main_leaves_nothing_needed_in_the_clone(served, first):
+    assert_nothing_needed_is_in_the_clone(first, served.commits["trunk"])
+
+
+def test_main_on_a_server_with_postgresql_and_artifacts_elsewhere(served, second):
+    if reason := missing_postgres():
+        pytest.skip(reason)
+    assert_nothing_needed_is_in_the_clone(second, served.commits["v1.0.0"])
+    assert not (second.folder / "mlruns").exists()
+    assert not (second.folder / "mlflow.db").exists()
+    client = MlflowClient(second.tracking_uri)
+    run = second.last_run("evaluate")
+    assert run.info.status == second.last_run("main").info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    listed = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert listed
+    place = Path(client.download_artifacts(run.info.run_id, listed[0], str(second.folder)))
+    assert any(place.rglob("*")) or place.stat().st_size
+
+
+def test_two_clean_clones_with_two_caches_make_the_same_bytes_and_figures(first, second):
+    made = {}
+    for step in ("fetch", "quantize", "export"):
+        outputs = [Store(caller.cache).latest("tiny", step) for caller in (first, second)]
+        assert outputs[0].path != outputs[1].path
+        assert outputs[0].manifest.changes(outputs[1].manifest) == [], step
+        made[step] = content_manifest(outputs[0].path)
+    assert {"model.onnx", "model.onnx.data"} <= {file.path for file in made["export"].files}
+    figures = []
+    for caller in (first, second):
+        version = MlflowClient(caller.tracking_uri).get_model_version_by_alias("tiny", "champion")
+        assert version.tags["artifact_sha256"] == made["export"].digest
+        metrics = caller.last_run("evaluate").data.metrics
+        figures.append({k: v for k, v in metrics.items() if not MEASURES_THE_MACHINE.search(k)})
+    assert {"perplexity", "kl_mean", "top1_agreement", "accuracy"} <= figures[0].keys()
+    assert figures[0] == figures[1]
+
+
+def test_a_version_of_another_commit_is_made_again_with_that_commits_code(served, first):
+    """The code that runs is at v1.0.0, of which MLflow clones nothing else."""
+    client = MlflowClient(first.tracking_uri)
+    before = [v.version for v in client.search_model_versions("name='tiny'")]
+    printed = first.mlflow_run(
+        served.url, "-v", "v1.0.0", "-e", "reproduce", "-P", "version=models:/tiny@champion",
+        "--env-manager", "local",
+    )  # fmt: skip
+    assert f"with the code of {served.commits['trunk']}" in printed
+    assert "the same: " in printed
+    run = first.last_run("reproduce")
+    assert run.data.tags["reproduced"] == "true"
+    assert run.data.tags["git_commit"] == served.commits["v1.0.0"]
+    steps = client.search_runs(
+        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'"
+    )
+    assert {r.data.tags["step"]: r.info.status for r in steps} == dict.fromkeys(
+        ("fetch", "quantize", "export"), "FINISHED"
+    )
+    assert {r.data.tags["git_commit"] for r in steps} == {served.commits["trunk"]}
+    assert not any("cached" in r.data.tags for r in steps)
+    result = Path(client.download_artifacts(run.info.run_id, "reproduction.json"))
+    assert json.loads(result.read_text())["differences"] == []
+    assert [v.version for v in client.search_model_versions("name='tiny'")] == before
+    assert list((first.cache / "building").iterdir()) == []
 
 
 def test_uv_makes_the_locked_environment_and_runs_in_it(root, caller, tmp_path, tool):
