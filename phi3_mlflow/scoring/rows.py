@@ -80,6 +80,7 @@ def make_row(index: int, where: str, values: Mapping[str, Any]) -> Row:
 def _prompt(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"prompt: expected a text, found {shown(value)}")
+    _check_characters("prompt", value)
     return value
 
 
@@ -102,9 +103,20 @@ def _messages(value: Any) -> list[dict[str, str]]:
                 raise ValueError(
                     f"messages[{at}].{name}: expected a text, found {shown(message.get(name))}"
                 )
+            _check_characters(f"messages[{at}].{name}", message[name])
         if extra := sorted(set(message) - {"role", "content", "name"}):
             raise ValueError(f"messages[{at}]: unknown fields: {shown(extra)}")
     return value
+
+
+def _check_characters(where: str, text: str) -> None:
+    """MLflow's schema refuses half a character too, but does not say so."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: holds a lone surrogate (half a character) at position {error.start}"
+        ) from None
 
 
 def read_json(text: str) -> Any:

@@ -22,7 +22,6 @@ from phi3_mlflow.scoring.rows import Result, Row
 from phi3_mlflow.scoring.worker import Ask
 
 SEED = "seed"
-_ADOPTED = (SEED,)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def score(order: Order) -> Outcome:
     elif _is_done(order, header, outcome):
         return outcome
     try:
-        with Journal(order.journal, header, rows, _ADOPTED) as journal:
+        with Journal(order.journal, header, rows, _adopted(order)) as journal:
             outcome.resumed = journal.done
             if journal.done:
                 console.say(f"  {journal.done} of {rows} rows are in {order.journal.name} already")
@@ -200,6 +199,11 @@ def _header(order: Order, model: Model, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _adopted(order: Order) -> tuple[str, ...]:
+    """What a run that goes on takes over from the one before: a seed that nobody gave."""
+    return (SEED,) if order.seed is None else ()
+
+
 def _check_output(order: Order) -> None:
     if order.output.suffix.lower() != order.input.suffix.lower():
         raise UserError(
@@ -222,7 +226,7 @@ def _is_done(order: Order, header: dict[str, Any], outcome: Outcome) -> bool:
     try:
         record = json.loads(order.record.read_text("utf-8"))
         asked, figures = record["order"], record["outcome"]
-        free = _ADOPTED if order.seed is None else ()
+        free = _adopted(order)
         same = all(asked.get(name) == header[name] for name in header if name not in free)
         whole = sha256_of_file(order.output) == figures["output_sha256"]
         if same and whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.transformers import log_transformers
 from phi3_mlflow.genai.export import export_onnx
-from phi3_mlflow.scoring.rows import Result
 from tests.conftest import Workspace
 from tests.fixtures.tiny_phi3 import make_tiny
 
@@ -55,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture
-def store(models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Models:
+def store(models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Models]:
     """The store of `models`, in this process and in those it starts; the folder is a new one."""
     before = mlflow.get_tracking_uri()
     for name, value in models.place.environment.items():
@@ -83,19 +82,3 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 def questions(count: int) -> list[dict[str, Any]]:
     return [{"id": i, "prompt": f"Say {i} in other words."} for i in range(count)]
-
-
-class EchoEngine:
-    """Answers without a model: what a row asked, and how often it was asked."""
-
-    def __init__(self) -> None:
-        self.models_loaded = 0
-        self.asked: list[int] = []
-        self.fail_after: int | None = None
-
-    def run(self, batches: Iterable[Sequence[tuple[int, str]]]) -> Iterable[list[Any]]:
-        for batch in batches:
-            if self.fail_after is not None and len(self.asked) >= self.fail_after:
-                raise KeyboardInterrupt
-            self.asked += [index for index, _ in batch]
-            yield [(i, Result(f"said {request}", "stop", 3, 2)) for i, request in batch]
