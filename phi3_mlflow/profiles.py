@@ -183,7 +183,9 @@ class SearchSettings(Settings):
     on: bool = Field(
         default=False, description="try the candidates; the same as quantization.algorithm: search"
     )
-    candidates: dict[str, QuantizationSettings] = Field(
+    candidates: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,59}$")], QuantizationSettings
+    ] = Field(
         default_factory=_default_candidates, min_length=1, description="name: quantization settings"
     )
     budget: Budget = Budget()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 EXPERIMENT_NAME = "phi3-mlflow"
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
+_PARAMS_AT_ONCE = 100  # and more in one request
 
 
 class StepRun:
@@ -49,7 +50,9 @@ class StepRun:
         for name, given in inputs.items():
             values[f"resolved.{name}"] = given.location
             values[f"resolved.{name}.sha256"] = given.digest
-        mlflow.log_params({name: str(value)[:_PARAM_LIMIT] for name, value in values.items()})
+        named = [(name, str(value)[:_PARAM_LIMIT]) for name, value in values.items()]
+        for start in range(0, len(named), _PARAMS_AT_ONCE):
+            mlflow.log_params(dict(named[start : start + _PARAMS_AT_ONCE]))
 
     def point_to(self, entry: Entry) -> None:
         """Mark this run as one that found its output made by an earlier run."""

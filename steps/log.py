@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.card import model_card
+from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.cli import run_script
 from phi3_mlflow.params import Request
 from phi3_mlflow.provenance import content_digest, read_provenance
@@ -134,11 +135,19 @@ def log_transformers_model(work: Work, directory: Path, tags: dict[str, str]) ->
         directory,
         name=profile.registered_model,
         dtype="auto",
+        model_config=profile.runtime.model_dump(mode="json", exclude_none=True),
         metadata=metadata(work, directory),
         tags=tags,
         model_card=model_card(profile, tags),
+        license_text=licence_text(directory),
         pip_requirements=requirements("transformers"),
     )
+
+
+def licence_text(directory: Path) -> str | None:
+    """The licence and notices that came with the model, one after another."""
+    texts = [file.read_text("utf-8", errors="replace") for file in licence_files(directory)]
+    return "\n\n".join(text.strip() for text in texts) + "\n" if texts else None
 
 
 def metadata(work: Work, directory: Path) -> dict[str, Any]:

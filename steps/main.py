@@ -53,7 +53,8 @@ def main(request: Request) -> None:
         print(foretell(request), flush=True)
         return
     with step_run("main", request, None) as run:
-        run.log_settings(request.profile.model_dump(mode="json"), {})
+        aside = set() if request.profile.search.on else {"search"}
+        run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
         with Pipeline(request, run.run_id) as pipeline:
             result = sequence(pipeline, request, fetch.followed(request))
             run.log_headline(evaluate.headline_metrics(result.record))

@@ -1,7 +1,7 @@
 """Try the quantizations that the profile lists, and keep the best that fits its budget.
 
     mlflow run . -P algorithm=search
-    mlflow run . -e search -P profile=smollm2-135m
+    python -m steps.search --profile smollm2-135m
 
 Every candidate is quantized, exported and measured against full precision on held-out text: the
 divergence (KL), perplexity, agreement on the likeliest token, size and speed. Each is a child run;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.errors import CheckpointRefused
@@ -38,8 +39,19 @@ LARGEST_SMALL_FILE = 200_000_000
 
 def is_small(name: str) -> bool:
     """Whether a file name is one of those, besides the weights, that are taken."""
-    licence = _LICENCE.fullmatch(name) is not None and not name.lower().endswith(_CODE)
-    return name in _SMALL or (licence and is_plain(name))
+    return name in _SMALL or is_licence(name)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file name is that of a licence or a notice."""
+    named = _LICENCE.fullmatch(name) is not None and not name.lower().endswith(_CODE)
+    return named and is_plain(name)
+
+
+def licence_files(directory: Path) -> list[Path]:
+    """The licences and notices in a folder, the licences first."""
+    found = (file for file in directory.iterdir() if file.is_file() and is_licence(file.name))
+    return sorted(found, key=lambda file: (not file.name.upper().startswith("LICEN"), file.name))
 
 
 def is_plain(name: object) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.errors import CheckpointRefused, UserError
 from phi3_mlflow.quantization.plan import check_architecture
@@ -76,6 +78,8 @@ def export_onnx(
         (out / name).unlink(missing_ok=True)
     with _quiet():
         _build(checkpoint, checkpoint_config, reader, out, precision, accuracy_level, progress)
+    for file in licence_files(checkpoint):
+        shutil.copyfile(file, out / file.name)
     return ExportReport(
         precision=precision,
         provider=provider,

@@ -23,6 +23,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path, str
     """`main` run once: the workspace, the profile, and what was printed."""
     place = Workspace(tmp_path_factory.mktemp("line"))
     profile = write_profile(place.folder)
+    (place.folder / "checkpoint" / "LICENSE").write_text("Do as you like.\n")
     done = place.step("main", "--profile", str(profile))
     assert done.returncode == 0, done.stdout + done.stderr
     return place, profile, done.stdout + done.stderr
@@ -45,6 +46,11 @@ def test_main_ends_with_a_champion_that_answers(line, connected: Workspace) -> N
     answer = model.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3})
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 3
+
+
+def test_the_models_licence_comes_with_it(line, connected: Workspace) -> None:
+    files = Path(mlflow.artifacts.download_artifacts("models:/tiny@champion"))
+    assert (files / "LICENSE.txt").read_text() == "Do as you like.\n"
 
 
 def test_main_says_what_there_is_and_what_to_do_next(line) -> None:
