@@ -19,8 +19,9 @@ from phi3_mlflow.provenance import content_manifest, read_provenance
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
 
 METADATA_KEY = "recipe"
-# What says how a model is judged, or how long a download may take, and decides no byte of it.
-_DECIDES_NOTHING = {"evaluation", "gate", "time_limit_s", "registered_model"}
+# What says how a model is judged, or how long a download may take, and decides no byte of it; and
+# the search for a quantization, whose outcome stands in the provenance.
+_DECIDES_NOTHING = {"evaluation", "gate", "search", "time_limit_s", "registered_model"}
 
 
 @dataclass(frozen=True)
