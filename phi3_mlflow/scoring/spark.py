@@ -52,6 +52,7 @@ class SparkEngine:
     def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
         """Score batches; their results come in the order in which they are ready."""
         _check_installation()
+        _check_reachable(self._master)
         with tempfile.TemporaryDirectory(prefix="phi3-mlflow-spark-") as folder:
             session = _session(self._master)
             try:
@@ -200,6 +201,22 @@ def _check_installation() -> None:
         )
 
 
+def _check_reachable(master: str) -> None:
+    """Spark itself would try for a minute before it says so."""
+    import socket
+    from urllib.parse import urlsplit
+
+    address = urlsplit(master.partition(",")[0])  # several masters may be named, for failover
+    if address.scheme != "spark" or "," in master:
+        return
+    try:
+        socket.create_connection((address.hostname or "", address.port or 7077), 10).close()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"Spark's master {master} does not answer: {error.strerror or error}"
+        ) from error
+
+
 def check_master(text: str) -> str:
     """A master's address.
 
@@ -208,7 +225,7 @@ def check_master(text: str) -> str:
     """
     import re
 
-    if re.fullmatch(r"local(\[(\d+|\*)\])?|(spark|k8s|mesos)://\S+|yarn", text):
+    if re.fullmatch(r"local(\[(\d+|\*)\])?|(spark|k8s)://\S+|yarn", text):
         return text
     raise UserError(
         f"parameter: master = {text!r}: allowed are local[N], spark://HOST:PORT, yarn, "
