@@ -22,6 +22,7 @@ from phi3_mlflow.cli import run_script
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.figures import HEADLINE
 from phi3_mlflow.evaluation.judge import check_judge
+from phi3_mlflow.evaluation.report.build import TEXTS_TAG
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
 from phi3_mlflow.params import AUTO, Request
 from phi3_mlflow.step import (
@@ -140,7 +141,14 @@ def work(work: Work) -> None:
         console.say(f"  gate: {result.verdict.decision}: {result.verdict.why}")
         if not work.metrics:
             work.metrics.update(result.measurement.metrics)
-    work.record({"run_id": work.run.run_id, "versions": versions, "hardware": evaluator.hardware})
+    work.record(
+        {
+            "run_id": work.run.run_id,
+            "versions": versions,
+            "hardware": evaluator.hardware,
+            "texts_sha256": evaluator.sets.digests()["texts_sha256"],
+        }
+    )
     work.run.log_evaluation(work.out, questions(request), texts(request))
 
 
@@ -161,6 +169,7 @@ def after(request: Request, entry: Entry) -> None:
                 "gate_reasons": "\n".join(check["reason"] for check in checks) or verdict["why"],
                 registry.GATE_AGAINST: registry.number_of(verdict["against"]),
                 "evaluation_run": record["run_id"],
+                TEXTS_TAG: record["texts_sha256"],
                 **{key: _plain(value) for key, value in figures.items()},
             },
         )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
     yield place
+    mlflow.set_tracking_uri(before)
+
+
+@contextmanager
+def own_store(folder: Path) -> Iterator[Workspace]:
+    """A workspace for several tests of a file: to make the tables of a store takes seconds."""
+    import mlflow
+
+    place = Workspace(folder)
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in place.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        patch.delenv("MLFLOW_EXPERIMENT_ID")
+        patch.chdir(folder)
+        yield place
     mlflow.set_tracking_uri(before)
 
 

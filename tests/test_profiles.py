@@ -118,6 +118,20 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         ({"source": "gopher:x"}, "gopher"),
         ({"gate": {"thresholds": {"kl_mean": {}}}}, "give min, max or both"),
         ({"gate": {"thresholds": {"kl_mean": {"min": 2, "max": 1}}}}, "min 2.0 is above max 1.0"),
+        ({"gate": {"thresholds": {"judge.polite": {"min": 1}}}}, "evaluation.judge is not set"),
+        ({"gate": {"champion": {"judge.polite": {"by": 1}}}}, "unknown metric judge.polite"),
+        ({"evaluation": {"judge": {"model": "gpt"}}}, "evaluation.judge.model = 'gpt'"),
+        (
+            {"evaluation": {"judge": {"model": "openai:/m", "correctness": False}}},
+            "nothing to judge",
+        ),
+        (
+            {
+                "evaluation": {"judge": {"model": "openai:/m", "guidelines": {"kind": "Be kind."}}},
+                "gate": {"thresholds": {"judge.polite": {"min": 1}}},
+            },
+            "no judge gives judge.polite; known: judge.correctness, judge.kind",
+        ),
         ({"sha256": {"file": "abc"}}, "sha256.file"),
         ({"quantization": "rtn"}, "quantization"),
     ],

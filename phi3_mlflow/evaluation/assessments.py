@@ -97,16 +97,17 @@ def _code_scorers(asked: Mapping[str, Question]) -> list[Scorer]:
     def category(trace: Any) -> str:
         return str(trace.info.tags[CATEGORY])
 
-    @scorer(name="repeats")
-    def goes_in_circles(outputs: str) -> bool:
-        return repeats(outputs)
+    # Named for the good case, because MLflow shows False in red.
+    @scorer
+    def no_loop(outputs: str) -> bool:
+        return not repeats(outputs)
 
     @scorer
-    def cut_off(trace: Any) -> bool:
-        """Still going at the question's limit of tokens."""
-        return bool(trace.data.spans[0].outputs["choices"][0]["finish_reason"] == "length")
+    def ended(trace: Any) -> bool:
+        """By itself, before the question's limit of tokens."""
+        return bool(trace.data.spans[0].outputs["choices"][0]["finish_reason"] != "length")
 
-    return [correct, category, goes_in_circles, cut_off]
+    return [correct, category, ended, no_loop]
 
 
 def _traced(

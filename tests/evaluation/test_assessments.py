@@ -19,7 +19,7 @@ from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.rows import Question
 from phi3_mlflow.profiles import Bound, JudgeSettings
 from phi3_mlflow.tracking import connect
-from tests.conftest import Workspace
+from tests.conftest import Workspace, own_store
 from tests.evaluation.measurements import measurement
 
 KEY = "sk-nobody-may-see-this"
@@ -43,33 +43,38 @@ def question(number: int) -> Question:
 QUESTIONS = [question(number) for number in range(len(RIGHT))]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    with own_store(tmp_path_factory.mktemp("assessments")) as found:
+        yield found
+
+
 @pytest.fixture
-def version(workspace: Workspace) -> registry.VersionName:
+def version(place: Workspace, request: pytest.FixtureRequest) -> registry.VersionName:
     """A registered version that is a logged model, without files."""
     import mlflow
 
     connect()
     model = mlflow.initialize_logged_model(name="m")
     client = registry.client()
-    client.create_registered_model("m")
+    client.create_registered_model(request.node.name)
     uri = f"models:/{model.model_id}"
-    client.create_model_version("m", source=uri, tags={registry.LOGGED: uri})
-    return registry.VersionName("m", "1")
+    client.create_model_version(request.node.name, source=uri, tags={registry.LOGGED: uri})
+    return registry.VersionName(request.node.name, "1")
 
 
-def run_of_answers() -> Any:
+def run_of_answers(version: registry.VersionName) -> Any:
     import mlflow
 
-    (run,) = mlflow.search_runs(
-        filter_string="tags.`mlflow.runType` = 'genai_evaluate'", output_format="list"
-    )
+    wanted = f"tags.`mlflow.runType` = 'genai_evaluate' and tags.version = '{version.uri}'"
+    (run,) = mlflow.search_runs(filter_string=wanted, output_format="list")
     return run
 
 
-def traces() -> dict[str, Any]:
+def traces(version: registry.VersionName) -> dict[str, Any]:
     import mlflow
 
-    found = mlflow.search_traces(run_id=run_of_answers().info.run_id, return_type="list")
+    found = mlflow.search_traces(run_id=run_of_answers(version).info.run_id, return_type="list")
     return {trace.info.tags["question"]: trace for trace in found}
 
 
@@ -83,15 +88,15 @@ def test_every_answer_is_a_trace_with_its_assessments(
     found = measurement(RIGHT)
     assert log_answers(version, QUESTIONS, found) == {}
     assert "Evaluation completed" not in capsys.readouterr().out
-    run, logged = run_of_answers(), traces()
+    run, logged = run_of_answers(version), traces(version)
     assert set(logged) == {f"q{number}" for number in range(len(RIGHT))}
     for number, answer in enumerate(found.answers):
         trace = logged[f"q{number}"]
         assert values(trace) == {
             "correct": RIGHT[number],
             "category": answer.category,
-            "repeats": False,
-            "cut_off": False,
+            "no_loop": True,
+            "ended": True,
             "expected_response": "yes",
         }
         span = trace.data.spans[0]
@@ -108,7 +113,7 @@ def test_every_answer_is_a_trace_with_its_assessments(
 
 def test_questions_of_another_set_are_left_out(version: registry.VersionName) -> None:
     log_answers(version, QUESTIONS[:1], measurement(RIGHT))
-    assert set(traces()) == {"q0"}
+    assert set(traces(version)) == {"q0"}
 
 
 # --- a judge ----------------------------------------------------------------------------------
@@ -178,24 +183,24 @@ def opinions(version: registry.VersionName, found: Measurement) -> dict[str, flo
 
 @pytest.mark.usefixtures("server")
 def test_a_judge_gives_metrics_and_an_assessment_an_answer(
-    version: registry.VersionName, workspace: Workspace
+    version: registry.VersionName, place: Workspace
 ) -> None:
     found = opinions(version, measurement(RIGHT))
     assert found == {"judge.correctness": 0.75, "judge.polite": 0.75}
-    logged = traces()
+    logged = traces(version)
     assert [values(logged[f"q{i}"])["judge.polite"] for i in range(2)] == ["no", "yes"]
     opinion = next(a for a in logged["q1"].info.assessments if a.name == "judge.correctness")
     assert opinion.source.source_type == "LLM_JUDGE"
     assert opinion.rationale == "It says so."
-    assert run_of_answers().data.metrics["judge.polite"] == 0.75
+    assert run_of_answers(version).data.metrics["judge.polite"] == 0.75
     assert judge_metrics(found, {}).passed
     assert not judge_metrics(found, {"judge.polite": Bound(min=0.8)}).passed
-    assert_no_key(workspace)
+    assert_no_key(place)
 
 
 def test_a_judge_that_fails_gives_no_figure_and_shows_no_key(
     version: registry.VersionName,
-    workspace: Workspace,
+    place: Workspace,
     server: type[JudgeServer],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -204,17 +209,17 @@ def test_a_judge_that_fails_gives_no_figure_and_shows_no_key(
     assert found == {}
     told = capsys.readouterr().err
     assert "judge.polite: the judge failed on 4 of 4 answers" in told
-    errors = [a.error for a in traces()["q0"].info.assessments if a.name == "judge.polite"]
+    errors = [a.error for a in traces(version)["q0"].info.assessments if a.name == "judge.polite"]
     assert "no credit left on ***" in errors[0].error_message
-    assert values(traces()["q0"])["correct"] is True
+    assert values(traces(version)["q0"])["correct"] is True
     assert KEY not in told
-    assert_no_key(workspace)
+    assert_no_key(place)
     verdict = judge_metrics(found, {"judge.polite": Bound(min=0.1)})
     assert verdict.reasons == ["judge.polite was not measured; wanted >= 0.1"]
 
 
-def assert_no_key(workspace: Workspace) -> None:
-    files = [file for file in workspace.folder.rglob("*") if file.is_file()]
+def assert_no_key(place: Workspace) -> None:
+    files = [file for file in place.folder.rglob("*") if file.is_file()]
     assert files
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 

@@ -12,6 +12,7 @@ from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.figures import FIGURES, label, write
 from phi3_mlflow.evaluation.gate import Comparison
+from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.report import plots
 from phi3_mlflow.evaluation.rows import Question
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
 
 WORST = 20
+TEXTS_TAG = "evaluation_texts"
+"""The tag of a version that holds the digest of the texts it was measured on last."""
 _LONGEST_SHOWN = 1200  # characters of a prompt or an answer
 _PLOTTED = ("size_bytes", "tokens_per_second", "kl_mean")
 _FULL_PRECISION = {"perplexity": "perplexity_reference"}
@@ -63,7 +66,8 @@ def write_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     named = _named(evaluation)
-    figures = _figures(evaluation, named)
+    digests = evaluator.sets.digests()
+    figures = _figures(evaluation, named, digests["texts_sha256"])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,6 +83,7 @@ def write_report(
         verdict=verdict,
         champion=verdict.against,
         rows=metric_rows(evaluation),
+        categories=category_rows(named),
         plots={name: plots.svg(figure, name) for name, figure in figures.items()},
         worst=worst_answers(evaluation, evaluator.questions, reference_answers or {}),
         sample=evaluation.measurement.sample,
@@ -89,7 +94,7 @@ def write_report(
             "tokens": int(evaluation.measurement.metrics["scored_tokens"]),
             "needles": len(evaluator.sets.fitting()),
         },
-        digests=evaluator.sets.digests(),
+        digests=digests,
         label=label,
     )
     (out / "report.html").write_text(page, "utf-8")
@@ -106,43 +111,49 @@ def _named(evaluation: Evaluation) -> dict[str, Measurement]:
     return named
 
 
-def _figures(evaluation: Evaluation, named: Mapping[str, Measurement]) -> dict[str, Figure]:
+def _figures(
+    evaluation: Evaluation, named: Mapping[str, Measurement], texts_sha256: str
+) -> dict[str, Figure]:
     return {
-        "quality": plots.quality(known_versions(evaluation)),
+        "quality": plots.quality(known_versions(evaluation, texts_sha256)),
         "categories": plots.categories({who: m.answers for who, m in named.items()}),
         "latency": plots.latency({who: m.answers for who, m in named.items()}),
         "divergence": plots.divergence({who: m.scores for who, m in named.items()}),
     }
 
 
-def known_versions(evaluation: Evaluation) -> list[plots.Known]:
-    """The versions of the registered model that have been measured; this one as it is now."""
+def known_versions(evaluation: Evaluation, texts_sha256: str) -> list[plots.Known]:
+    """The versions of the registered model that were measured on the same texts.
+
+    This one and the champion are shown as they were measured just now, others as their tags say.
+    """
     mine, against = evaluation.version, evaluation.verdict.against
     found = []
     for version in registry.client().search_model_versions(f"name='{mine.name}'"):
-        number = str(version.version)
+        number, tags = str(version.version), version.tags
+        values: Mapping[str, Any] = tags if tags.get(TEXTS_TAG) == texts_sha256 else {}
+        role = "other"
         if number == mine.version:
-            values: Mapping[str, Any] = evaluation.measurement.metrics
-            role = "version"
-        else:
-            values, role = version.tags, "other"
-            if against and number == registry.number_of(against):
-                role = "champion"
+            values, role = evaluation.measurement.metrics, "version"
+        elif against and number == registry.number_of(against):
+            values = evaluation.champion.metrics if evaluation.champion else values
+            role = "champion"
         try:
             size, speed, kl = (float(values[key]) for key in _PLOTTED)
-        except (KeyError, ValueError):  # never measured, or by an earlier version of this project
+        except (KeyError, ValueError):  # never measured, or on something else
             continue
-        found.append(plots.Known(number, role, size, speed, kl, version.tags.get("algorithm", "")))
+        found.append(plots.Known(number, role, size, speed, kl, tags.get("algorithm", "")))
     return sorted(found, key=lambda known: int(known.number))
 
 
 def metric_rows(evaluation: Evaluation) -> list[Row]:
-    """Every metric that was measured, in the order of `FIGURES`."""
+    """Every metric that was measured, in the order of `FIGURES`, then what a judge says."""
     metrics = evaluation.measurement.metrics
     theirs = evaluation.champion.metrics if evaluation.champion else {}
     judged = {c.metric: c for c in evaluation.verdict.comparisons}
     rows = []
-    for metric in FIGURES:
+    judges = sorted(metric for metric in metrics if metric.startswith(JUDGE))
+    for metric in (*FIGURES, *judges):
         if metric not in metrics or metric == "perplexity_reference":
             continue
         reference = metrics.get(_FULL_PRECISION.get(metric, ""), _OF_FULL_PRECISION.get(metric))
@@ -150,7 +161,7 @@ def metric_rows(evaluation: Evaluation) -> list[Row]:
         rows.append(
             Row(
                 label=label(metric),
-                means=FIGURES[metric].means,
+                means=FIGURES[metric].means if metric in FIGURES else "Share of the answers.",
                 value=write(metric, metrics[metric]),
                 interval=_interval(metric, evaluation.measurement.answers),
                 champion=write(metric, theirs[metric]) if metric in theirs else "",
@@ -160,6 +171,34 @@ def metric_rows(evaluation: Evaluation) -> list[Row]:
             )
         )
     return rows
+
+
+def category_rows(named: Mapping[str, Measurement]) -> list[dict[str, str]]:
+    """How many of each category are right, with the 95 % interval, beside the champion's.
+
+    Args:
+        named: the version's measurement, then the champion's if there is one.
+    """
+    mine, *others = [measurement.answers for measurement in named.values()]
+    rows = []
+    for name in plots.category_names(mine):
+        found, asked = _share(mine, name)
+        champion = f"{_share(others[0], name)[0].value:.0%}" if others else ""
+        rows.append(
+            {
+                "name": name.replace("_", " "),
+                "asked": str(asked),
+                "share": f"{found.value:.0%}",
+                "interval": f"{found.low:.0%} – {found.high:.0%}",
+                "champion": champion,
+            }
+        )
+    return rows
+
+
+def _share(answers: Sequence[Answer], category: str) -> tuple[Interval, int]:
+    right = [a.correct for a in answers if a.category == category]
+    return wilson(sum(right), len(right)), len(right)
 
 
 def _interval(metric: str, answers: Sequence[Answer]) -> str:
@@ -177,8 +216,7 @@ def _change(
     metric: str, mine: float, theirs: float | None, judged: Comparison | None
 ) -> tuple[str, str]:
     """How it differs from the champion, and the state that decides its colour."""
-    better = FIGURES[metric].better
-    if theirs is None or better == "neither":
+    if theirs is None or FIGURES[metric].better == "neither":
         return "", ""
     if mine == theirs:
         return "same", judged.state if judged else ""

@@ -79,6 +79,11 @@ def _legend(axes: Axes, **options: Any) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
 
 
+def _legend_above(axes: Axes) -> None:
+    """Where there are as many rows as there happen to be, no corner is sure to be free."""
+    _legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
 def quality(versions: Sequence[Known]) -> Figure:
     """Divergence against size and against speed, a dot a version."""
     figure, (left, right) = _figure(9.2, 3.3, 2)
@@ -95,10 +100,15 @@ def quality(versions: Sequence[Known]) -> Figure:
                 textcoords="offset points", xytext=(7, 5), fontsize=9, color=INK,
             )  # fmt: skip
         _titles(axes, name, "KL divergence, nats")
-        axes.margins(0.3, 0.3)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        # Room on the right and above for what is written beside a dot.
+        axes.set_xlim(0, 1.3 * max((value(known) for known in versions), default=1) or 1)
+        axes.set_ylim(0, 1.3 * max((known.kl_mean for known in versions), default=1) or 1)
     return figure
+
+
+def category_names(answers: Sequence[Answer]) -> list[str]:
+    """The categories there are: those of the questions, then those of long prompts."""
+    return sorted({a.category for a in answers}, key=lambda name: (name.startswith(NEEDLE), name))
 
 
 def categories(named: Mapping[str, Sequence[Answer]]) -> Figure:
@@ -108,8 +118,8 @@ def categories(named: Mapping[str, Sequence[Answer]]) -> Figure:
         named: answers of the version and, when there is one, of the champion.
     """
     first = next(iter(named.values()))
-    names = sorted({a.category for a in first})
-    figure, (axes,) = _figure(9.2, 0.9 + 0.42 * len(names))
+    names = category_names(first)
+    figure, (axes,) = _figure(9.2, 1.0 + 0.42 * len(names))
     height = 0.78 / len(named)
     for row, (who, answers) in enumerate(named.items()):
         colour = VERSION if row == 0 else CHAMPION
@@ -138,7 +148,7 @@ def categories(named: Mapping[str, Sequence[Answer]]) -> Figure:
     axes.grid(axis="y", visible=False)
     _titles(axes, "answered right, % (with 95 % intervals)", "")
     if len(named) > 1:
-        _legend(axes, loc="lower right")
+        _legend_above(axes)
     return figure
 
 
@@ -180,5 +190,5 @@ def divergence(named: Mapping[str, Sequence[TextScore]]) -> Figure:
     axes.set_ylim(-0.7, len(names) - 0.3)
     _titles(axes, "KL divergence, nats", "")
     if len(named) > 1:
-        _legend(axes, loc="lower right")
+        _legend_above(axes)
     return figure

@@ -1,0 +1,85 @@
+"""What is made of a model's answers: loops, figures, and the file they are kept in."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi3_mlflow.evaluation.answers import Answers, repeats
+from phi3_mlflow.evaluation.measurement import Measurement
+from tests.evaluation.measurements import answer, measurement
+
+PROSE = (
+    "The harbour was quiet in the early morning, and only the bell of the ferry could be heard. "
+    "Nobody had slept much, because the storm had come back twice before the sun rose over the bay."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I am fine. " * 12, True),
+        ("a b c d e f g h " * 4, True),
+        (PROSE, False),
+        (PROSE + " " + "and so on and so on " * 3, False),  # a stutter, not a loop
+        ("yes " * 15, False),  # too short to tell
+        ("", False),
+        ("\n".join(f"{number}. item number {number}" for number in range(30)), False),
+    ],
+)
+def test_a_loop_is_told_from_prose(text: str, expected: bool) -> None:
+    assert repeats(text) == expected
+
+
+@given(st.text(max_size=300))
+def test_whatever_is_said_over_and_over_is_a_loop(text: str) -> None:
+    once = " ".join(text.split()[:20])
+    assert repeats(" ".join([once] * 40)) == (40 * len(once.split()) >= 16)
+
+
+def test_the_figures_count_what_they_say() -> None:
+    answers = [
+        answer(0, seconds=1.0, first_seconds=0.1, completion_tokens=10),
+        answer(2, False, seconds=2.0, first_seconds=0.3, completion_tokens=40, repeats=True),
+        answer(4, seconds=0.5, first_seconds=None, completion_tokens=1, finish_reason="length"),
+        answer(6, False, category="needle_1000", seconds=9.0, finish_reason="length"),
+    ]
+    metrics = Answers(tuple(answers), 1.5, 7).metrics()
+    assert metrics["accuracy"] == pytest.approx(2 / 3), "a needle is no question"
+    assert metrics["needle_accuracy"] == metrics["accuracy.needle_1000"] == 0
+    assert metrics["accuracy.facts"] == pytest.approx(2 / 3)
+    assert metrics["endless_rate"] == metrics["repetition_rate"] == pytest.approx(1 / 3)
+    assert metrics["tokens_per_second"] == 15, "one token is no speed"
+    assert metrics["tokens_per_second_p95"] == pytest.approx(10.5), "the slow end"
+    assert metrics["time_to_first_token_s"] == pytest.approx(0.2)
+    assert metrics["latency_s"] == 1
+    assert (metrics["load_time_s"], metrics["peak_memory_bytes"]) == (1.5, 7)
+
+
+def test_without_streaming_there_is_no_time_to_first_token() -> None:
+    metrics = Answers((answer(0, first_seconds=None),), 1.0, 1).metrics()
+    assert not [name for name in metrics if name.startswith("time_to_first")]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4))
+def test_what_was_measured_is_read_back_whatever_was_said(texts: list[str]) -> None:
+    found = measurement([True] * len(texts))
+    answers = tuple(replace(a, text=t) for a, t in zip(found.answers, texts, strict=True))
+    found = replace(found, answers=answers, sample={"question": "?", "answer": texts[0]})
+    with tempfile.TemporaryDirectory() as folder:
+        found.write(Path(folder))
+        assert Measurement.read(Path(folder)) == found
+
+
+def test_line_separators_that_json_leaves_as_they_are() -> None:
+    odd = "a\u2028b\x85c\x0cd"
+    found = measurement([True])
+    found = replace(found, answers=(replace(found.answers[0], text=odd),))
+    with tempfile.TemporaryDirectory() as folder:
+        found.write(Path(folder))
+        assert Measurement.read(Path(folder)).answers[0].text == odd
