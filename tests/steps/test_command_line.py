@@ -14,7 +14,7 @@ from phi3_mlflow.params import PARAMETERS
 from phi3_mlflow.step import ROOT
 from tests.conftest import Workspace
 
-COMMANDS = ("main", "cache", "score")
+COMMANDS = ("main", "cache", "score", "serve")
 STEPS = (
     "fetch",
     "search",
@@ -109,6 +109,7 @@ def test_bad_input_is_told_from_a_fault(
     result = invoke(name, *options)
     assert result.exit_code == EXIT_BAD_INPUT, result.stderr
     assert words in result.stderr
+    assert f"step={name} status=bad_input code=2" in result.stdout
     assert "Traceback" not in result.stderr
 
 

@@ -39,8 +39,12 @@ class Session(Protocol):
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
 
+
+class Guided(Session, Protocol):
+    """A session whose answer follows a schema."""
+
     def choose(self, sampler: Sampler) -> int:
-        """In a session of `open_guided`: choose the next token among those allowed, append it."""
+        """Choose the next token among those that the schema allows, and append it."""
 
 
 class Engine(Protocol):
@@ -70,7 +74,7 @@ class Engine(Protocol):
     def open(self, capacity: int) -> Session:
         """An empty session that can hold `capacity` tokens."""
 
-    def open_guided(self, capacity: int, schema: str) -> Session:
+    def open_guided(self, capacity: int, schema: str) -> Guided:
         """An empty session whose answer follows a JSON schema; it is not `reusable`.
 
         Raises:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Settings
+from .engine import Guided, Settings
 from .request import RequestError
-from .sampling import Sampler
 from .vocabulary import Vocabulary
 
 
@@ -90,7 +89,7 @@ class TorchEngine:
     def spell(self, token: int) -> bytes:
         return self._vocabulary.spell(token)
 
-    def open_guided(self, capacity: int, schema: str) -> TorchSession:
+    def open_guided(self, capacity: int, schema: str) -> Guided:
         raise RequestError(
             [
                 "response_format: the transformers flavor cannot hold an answer to a JSON schema; "
@@ -140,9 +139,6 @@ class TorchSession:
         if token is not None:
             self.extend([token])
         return int(self._logits.argmax())
-
-    def choose(self, sampler: Sampler) -> int:
-        raise NotImplementedError("a session of open_guided, which this engine does not have")
 
     def rewind(self, length: int) -> None:
         if length == 0:

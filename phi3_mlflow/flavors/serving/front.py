@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from . import request
 from .answer import Choice, ChunkMaker, completion
 from .chances import Chances
-from .engine import Engine, Session, Settings, cuts
+from .engine import Engine, Guided, Session, Settings, cuts
 from .live import Abandoned, Live, watched
 from .prefixes import Prefixes
 from .request import Defaults, Request, RequestError
@@ -21,6 +22,7 @@ from .text import StopFinder
 from .turns import Turns
 
 MEGABYTE = 1024 * 1024
+_NONE = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ class Answerer:
                     raise Abandoned
                 with self._turns:
                     if wanted.schema is not None:
-                        logits = session.logits() if chances else None
-                        token = session.choose(sampler)
+                        logits = session.logits() if chances else _NONE
+                        token = cast(Guided, session).choose(sampler)
                     elif sampler.greedy and chances is None:
                         token = session.follow(token)
                     else:

@@ -1,0 +1,1 @@
+"""A server for registered models that speaks OpenAI's protocol and MLflow's."""

@@ -1,0 +1,113 @@
+"""The application: doors, guard, and what begins and ends with it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from phi3_mlflow.server import mlflow_routes, openai_routes
+from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.errors import ApiError, from_exception
+from phi3_mlflow.server.exchange import Desk
+from phi3_mlflow.server.guard import Guard
+from phi3_mlflow.server.holder import Holder
+from phi3_mlflow.server.metrics import CONTENT_TYPE, Metrics
+from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.tracing import Tracer
+
+PAGE = Path(__file__).with_name("static") / "chat.html"
+
+
+def create_app(settings: Settings, holder: Holder, uri: str) -> FastAPI:
+    """The server's application.
+
+    Args:
+        holder: has a model loaded; follows its alias from the application's start to its end.
+        uri: the model URI it was started with.
+    """
+    metrics = Metrics()
+    desk = Desk(settings.running, settings.waiting, settings.limit_s, metrics)
+    context = Context(settings, uri, holder, desk, metrics, Tracer(settings.trace))
+    _watch(context)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        holder.start()
+        yield
+        holder.stop()
+        desk.close()
+        context.tracer.close()
+
+    app = FastAPI(title="phi3-mlflow", openapi_url=None, lifespan=life)
+    app.state.context = context
+    app.include_router(openai_routes.router(context))
+    app.include_router(mlflow_routes.router(context))
+    page = PAGE.read_text(encoding="utf-8")
+    page_headers = {"Content-Security-Policy": content_policy(page), "Cache-Control": "no-cache"}
+    page_headers |= {"Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers=page_headers)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return from_exception(error).response()
+
+    async def refuse_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        word = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        told = ApiError(error.status_code, str(error.detail), word, headers=error.headers)
+        return told.response()
+
+    app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(HTTPException, refuse_http)
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    return app
+
+
+def _watch(context: Context) -> None:
+    """Tie the gauges and the model's metrics to what they show."""
+    metrics, desk, holder = context.metrics, context.desk, context.holder
+    metrics.watch("phi3_running", "Requests being answered", lambda: desk.admission.running)
+    metrics.watch("phi3_waiting", "Requests in the queue", lambda: desk.admission.waiting)
+    metrics.watch(
+        "phi3_prefix_cache_bytes",
+        "Key-value cache kept for next turns",
+        lambda: holder.current.backend.kept_bytes(),
+    )
+
+    def changed(outcome: str) -> None:
+        metrics.switches.labels(outcome).inc()
+        metrics.model.clear()
+        metrics.model.labels(holder.current.name, holder.current.version).set(1)
+
+    metrics.model.labels(holder.current.name, holder.current.version).set(1)
+    holder.on_change = changed
+
+
+def content_policy(page: str) -> str:
+    """A Content-Security-Policy under which just this page's own script and style run."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )

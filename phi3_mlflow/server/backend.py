@@ -1,0 +1,174 @@
+"""The model under MLflow's pyfunc wrapper, as the server sees it.
+
+Models that this project logged carry `serving/live.py`, which can stop an answer and tells its log
+probabilities. Any other pyfunc model with MLflow's chat schema is asked through `predict` and
+`predict_stream`; what these cannot do is refused with status 400.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phi3_mlflow.flavors.serving import live
+from phi3_mlflow.flavors.serving import request as contract_rules
+from phi3_mlflow.flavors.serving.text import StopFinder
+from phi3_mlflow.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from mlflow.pyfunc import PyFuncModel
+
+LIVE_INTERFACE = 1  # of `serving/live.py`, the version spoken here
+_ANY_CONTEXT = 1 << 20  # such a model does not say how long its context is
+
+
+class Part(Protocol):
+    """See `flavors.serving.live.Part`."""
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None
+    chances: list[dict[str, Any]]
+
+
+class Reply(Protocol):
+    """See `flavors.serving.live.Reply`."""
+
+    prompt_tokens: int
+    tokens: int
+
+    def parts(self) -> Iterator[Part]:
+        """The answer piece by piece."""
+
+
+class Backend(Protocol):
+    """What the server asks of a model; every method may be called from several threads."""
+
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> Any:
+        """Check a request of the contract `chat` or `prompt`; errors carry `problems`."""
+
+    def begin(self, wanted: Any) -> Reply:
+        """Take up a request that `parse` let through."""
+
+    def kept_bytes(self) -> int:
+        """Bytes of key-value cache kept for next turns."""
+
+    def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, what this thread asks the model for ends soon after the event is set."""
+
+
+def backend_of(model: PyFuncModel) -> Backend:
+    """The best way to talk to a loaded model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        inner = model.unwrap_python_model()
+    except MlflowException:  # not a Python model
+        inner = None
+    if inner is not None and hasattr(inner, "live"):
+        backend: Backend = inner.live()
+        if getattr(backend, "interface", 0) == LIVE_INTERFACE:
+            return backend
+    return MlflowChat(model)
+
+
+@dataclass
+class _Piece:
+    index: int
+    text: str
+    tokens: int = 0
+    finish_reason: str | None = None
+    chances: list[dict[str, Any]] = field(default_factory=list)
+
+
+class MlflowChat:
+    """A pyfunc model that knows MLflow's chat schema and nothing more, one request at a time."""
+
+    def __init__(self, model: PyFuncModel) -> None:
+        self._model = model
+        self._turn = threading.Lock()
+
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> dict[str, Any]:
+        if contract != "chat":
+            raise ApiError(400, "prompt: this model answers chats only", "unsupported", "prompt")
+        given = {key: value for key, value in row.items() if value is not None}
+        wanted = contract_rules.parse_chat(given, contract_rules.Defaults(), _ANY_CONTEXT)
+        sampling = wanted.sampling
+        refused = {
+            "n": wanted.n != 1,
+            "seed": "seed" in given or "custom_inputs" in given,
+            "top_k": sampling.top_k != 0,
+            "frequency_penalty": sampling.frequency_penalty != 0,
+            "presence_penalty": sampling.presence_penalty != 0,
+            "logprobs": wanted.top_logprobs is not None,
+            "response_format": wanted.schema is not None,
+        }
+        problems = [
+            f"{name}: this model was logged without the project's chat front and cannot do that"
+            for name, wrong in refused.items()
+            if wrong
+        ]
+        if problems:
+            raise contract_rules.RequestError(problems)
+        asked: dict[str, Any] = {"messages": wanted.messages, "stop": wanted.stop}
+        if wanted.max_tokens is not None:
+            asked["max_tokens"] = wanted.max_tokens
+        if sampling.temperature:  # MLflow's wrapper refuses 0, and is greedy without
+            asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        return asked
+
+    def begin(self, wanted: dict[str, Any]) -> _MlflowReply:
+        return _MlflowReply(self._model, self._turn, wanted)
+
+    def kept_bytes(self) -> int:
+        return 0
+
+    def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
+        return live.abandoned_by(event)
+
+
+class _MlflowReply:
+    def __init__(self, model: PyFuncModel, turn: threading.Lock, wanted: dict[str, Any]) -> None:
+        self._model = model
+        self._turn = turn
+        self._stop = StopFinder(wanted["stop"])  # MLflow's own needs the logging machine's files
+        self._wanted = {key: value for key, value in wanted.items() if key != "stop"}
+        self.prompt_tokens = 0
+        self.tokens = 0
+
+    def parts(self) -> Iterator[Part]:
+        left = live.watched()
+        with self._turn:
+            reason = "stop"
+            for text, finished, usage in self._pieces():
+                if left.is_set():  # a model without predict_stream has answered in vain
+                    raise live.Abandoned
+                reason = finished or reason
+                self.prompt_tokens = usage.get("prompt_tokens") or self.prompt_tokens
+                self.tokens = usage.get("completion_tokens") or self.tokens
+                if shown := self._stop.feed(text):
+                    yield _Piece(0, shown, self.tokens)
+                if self._stop.found:
+                    reason = "stop"
+                    break
+            if rest := self._stop.rest():
+                yield _Piece(0, rest, self.tokens)
+            yield _Piece(0, "", self.tokens, reason)
+
+    def _pieces(self) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+        """Text, finish reason and usage, as far as the model tells them."""
+        if self._model.metadata.flavors["python_function"].get("streamable"):
+            chunk: Any
+            for chunk in self._model.predict_stream(self._wanted):
+                choice = (chunk.get("choices") or [{}])[0]
+                text = (choice.get("delta") or {}).get("content") or ""
+                yield text, choice.get("finish_reason"), chunk.get("usage") or {}
+            return
+        answer: Any = self._model.predict(self._wanted)
+        answer = answer[0] if isinstance(answer, list) else answer
+        choice = answer["choices"][0]
+        yield choice["message"]["content"], choice.get("finish_reason"), answer.get("usage") or {}

@@ -1,0 +1,254 @@
+"""One request on its way through the server: place, worker thread, answer, figures.
+
+The model works in a thread and hands pieces to the event loop. A client that goes away, or time
+that runs out, sets an event that the model looks at between two pieces of its work; the place is
+given back when the thread has really ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from phi3_mlflow.server.admission import Admission
+from phi3_mlflow.server.backend import Part, Reply
+from phi3_mlflow.server.errors import ApiError
+from phi3_mlflow.server.holder import Loaded
+from phi3_mlflow.server.metrics import Metrics
+
+
+class ClientLeft(Exception):
+    """The client went away; nobody reads an answer any more."""
+
+
+class _End:
+    pass
+
+
+@dataclass
+class Figures:
+    """What is known of a request when it is over; times in seconds since it came."""
+
+    version: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    first_s: float | None = None
+    last_s: float = 0.0
+    total_s: float = 0.0
+    outcome: str = "answered"
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """From the first piece on; None when there were too few tokens to say."""
+        if self.first_s is None or self.tokens < 2 or self.last_s <= self.first_s:
+            return None
+        return (self.tokens - 1) / (self.last_s - self.first_s)
+
+
+class Desk:
+    """Where requests are taken: places, threads and figures, shared by all doors of a server."""
+
+    def __init__(self, running: int, waiting: int, limit_s: float, metrics: Metrics) -> None:
+        self.admission = Admission(running, waiting)
+        self.threads = ThreadPoolExecutor(running, thread_name_prefix="answer")
+        self.limit_s = limit_s
+        self.metrics = metrics
+        self.open: set[Exchange] = set()
+
+    def abandon_all(self) -> None:
+        """Let the model stop whatever it is at."""
+        for exchange in list(self.open):
+            exchange.close()
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=True, cancel_futures=True)
+
+
+class Exchange:
+    """A request that is being answered by `loaded`.
+
+    Args:
+        done: called in the event loop with the figures when all is over.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        request: Request,
+        loaded: Loaded,
+        done: Callable[[Figures], None] = lambda figures: None,
+    ) -> None:
+        self.figures = Figures(loaded.version)
+        self._desk = desk
+        self._request = request
+        self._loaded = loaded
+        self._done = done
+        self._finished = False
+        self._began = time.perf_counter()
+        self._left = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._results: asyncio.Queue[Any] = asyncio.Queue()
+        self._watch = self._loop.create_task(self._watch_client())
+        self._timer = self._loop.call_later(desk.limit_s, self._time_is_up)
+        desk.open.add(self)
+
+    async def begin(self, work: Callable[[Callable[[Any], None]], None]) -> None:
+        """Wait for a place and set the model to work.
+
+        Args:
+            work: does it, in a thread; what it hands to its argument comes out of `results`.
+
+        Raises:
+            ApiError: the queue is full, or the wait took too long.
+            ClientLeft: the client did not wait.
+        """
+        entering = self._loop.create_task(self._desk.admission.enter())
+        interrupted = self._loop.create_task(self._results.get())
+        try:
+            await asyncio.wait((entering, interrupted), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self._abort(entering, interrupted)
+            raise
+        if interrupted.done() and not entering.done():
+            await self._abort(entering, interrupted)
+            raise interrupted.result()
+        interrupted.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            self._results.put_nowait(await interrupted)  # came at the same moment
+        if entering.exception() is not None:
+            self._finish("rejected")
+            entering.result()  # raises
+        self._entered = time.perf_counter()
+        self._loop.run_in_executor(self._desk.threads, self._run, work)
+
+    async def results(self) -> AsyncIterator[Any]:
+        """What the work hands over, until it is done.
+
+        Raises:
+            ApiError: time is up.
+            ClientLeft: the client went away.
+            Exception: what the work raised.
+        """
+        try:
+            while True:
+                result = await self._results.get()
+                if isinstance(result, _End):
+                    return
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody wants more of it."""
+        if not self._finished and not self._left.is_set():
+            self.figures.outcome = "cancelled"
+        self._left.set()
+
+    async def _abort(self, entering: asyncio.Task[None], other: asyncio.Task[Any]) -> None:
+        for task in (entering, other):
+            task.cancel()
+        await asyncio.gather(entering, other, return_exceptions=True)
+        if not entering.cancelled() and entering.exception() is None:
+            self._desk.admission.leave(0.0)
+        self._finish(self.figures.outcome if self._left.is_set() else "cancelled")
+
+    async def _watch_client(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._interrupt("cancelled", ClientLeft())
+
+    def _time_is_up(self) -> None:
+        seconds = f"{self._desk.limit_s:g}"
+        self._interrupt(
+            "timed_out",
+            ApiError(504, f"no whole answer within the limit of {seconds} s", "timeout"),
+        )
+
+    def _interrupt(self, outcome: str, error: Exception) -> None:
+        if not self._left.is_set():
+            self.figures.outcome = outcome
+            self._left.set()
+            self._results.put_nowait(error)
+
+    def _run(self, work: Callable[[Callable[[Any], None]], None]) -> None:
+        """In the worker thread."""
+        error: Exception | None = None
+        try:
+            if not self._left.is_set():
+                with self._loaded.backend.abandoned_by(self._left):
+                    work(self._hand_over)
+        except Exception as caught:
+            # A model that was told to stop says so by an exception of its own.
+            error = None if self._left.is_set() else caught
+        self._tell(self._worker_ended, error)
+
+    def _hand_over(self, result: Any) -> None:
+        self._tell(self._results.put_nowait, result)
+
+    def _tell(self, what: Callable[..., Any], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    def _worker_ended(self, error: Exception | None) -> None:
+        self._desk.admission.leave(time.perf_counter() - self._entered)
+        outcome = self.figures.outcome
+        if error is not None:
+            outcome = "failed"
+        self._results.put_nowait(error or _End())
+        self._finish(outcome)
+
+    def _finish(self, outcome: str) -> None:
+        self._finished = True
+        self._timer.cancel()
+        self._watch.cancel()
+        self._desk.open.discard(self)
+        figures, metrics = self.figures, self._desk.metrics
+        figures.outcome = outcome
+        figures.total_s = time.perf_counter() - self._began
+        if outcome == "cancelled":
+            metrics.cancelled.inc()
+        elif outcome == "timed_out":
+            metrics.timed_out.inc()
+        if figures.first_s is not None:
+            metrics.first_token.observe(figures.first_s)
+        if figures.tokens_per_s is not None:
+            metrics.rate.observe(figures.tokens_per_s)
+        metrics.tokens.labels("prompt", figures.version).inc(figures.prompt_tokens)
+        metrics.tokens.labels("completion", figures.version).inc(figures.tokens)
+        self._done(figures)
+
+    def answer_with(self, wanted: Any) -> Callable[[Callable[[Any], None]], None]:
+        """The work of answering a request that the backend has parsed: a `Reply`, then `Part`s."""
+
+        def work(hand_over: Callable[[Any], None]) -> None:
+            reply: Reply = self._loaded.backend.begin(wanted)
+            hand_over(reply)
+            parts = reply.parts()
+            try:
+                for part in parts:
+                    self._count(reply, part)
+                    hand_over(part)
+            finally:
+                close = getattr(parts, "close", None)
+                if close is not None:
+                    close()
+                self.figures.prompt_tokens = reply.prompt_tokens
+                self.figures.tokens = reply.tokens
+
+        return work
+
+    def _count(self, reply: Reply, part: Part) -> None:
+        now = time.perf_counter() - self._began
+        if self.figures.first_s is None and part.tokens:
+            self.figures.first_s = now
+        self.figures.last_s = now

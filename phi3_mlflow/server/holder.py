@@ -1,0 +1,184 @@
+"""The model that answers now: loads it, follows its alias, and says which version it is."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.server.backend import Backend, backend_of
+
+if TYPE_CHECKING:
+    from mlflow.pyfunc import PyFuncModel
+
+log = logging.getLogger("phi3_mlflow.server")
+_REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_RETRY_S = 60.0  # a version that could not be loaded is tried again after so long
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model that does not change: a version, or a logged model.
+
+    Attributes:
+        name: what clients call it.
+        version: the version's number, or the id of a model that is not registered.
+        uri: loads just this one.
+    """
+
+    name: str
+    version: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer."""
+
+    target: Target
+    model: PyFuncModel | None
+    backend: Backend
+    since: float  # seconds since the epoch
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def version(self) -> str:
+        return self.target.version
+
+
+def resolve(uri: str, client: Any = None) -> Target:
+    """Where a model URI points to at this moment.
+
+    Raises:
+        UserError: there is no such version, or nothing has the alias.
+    """
+    found = _REGISTERED.fullmatch(uri)
+    if not found:
+        last = uri.rstrip("/").rpartition("/")[2] or uri
+        # The path of a folder is nobody's business but the server's.
+        return Target(last, last, uri)
+    from mlflow.exceptions import MlflowException
+
+    name, alias, version = found.groups()
+    if client is None:
+        from phi3_mlflow import registry
+
+        client = registry.client()
+    try:
+        if alias is not None:
+            version = str(client.get_model_version_by_alias(name, alias).version)
+        else:
+            client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            what = f"alias {alias}" if alias is not None else f"version {version}"
+            raise UserError(
+                f"model_uri: {uri}: the registry has no {what} of a model {name}.\n"
+                "`mlflow run . -e main` makes, checks and promotes one; `mlflow ui` shows those "
+                "there are"
+            ) from None
+        raise
+    return Target(name, version, f"models:/{name}/{version}")
+
+
+def load(target: Target) -> Loaded:
+    """Load a model.
+
+    Raises:
+        UserError, EnvironmentProblem: it cannot be loaded, and why.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = mlflow.pyfunc.load_model(target.uri)
+    except MlflowException as error:
+        raise UserError(f"model_uri: {target.uri} cannot be loaded: {error.message}") from error
+    except (OSError, ImportError) as error:
+        raise EnvironmentProblem(f"{target.uri} cannot be loaded here: {error}") from error
+    return Loaded(target, model, backend_of(model), time.time())
+
+
+class Holder:
+    """Holds the model that answers. Requests take `current` once and keep it to their end.
+
+    Args:
+        resolve: where the URI points to now.
+        load: loads what it points to.
+        follow_s: seconds between two looks.
+        on_change: called with what happened: `loaded`, `failed`, `unreachable`.
+    """
+
+    def __init__(
+        self,
+        resolve: Callable[[], Target],
+        load: Callable[[Target], Loaded] = load,
+        follow_s: float = 5.0,
+        on_change: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._resolve = resolve
+        self._load = load
+        self._follow_s = follow_s
+        self.on_change = on_change
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failed: tuple[Target, float] | None = None
+        self.current = load(resolve())
+
+    def start(self) -> None:
+        """Follow the alias from now on."""
+        self._thread = threading.Thread(target=self._follow, name="follow-alias", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2)
+
+    def look(self) -> bool:
+        """Look where the alias points, and load what it points to if that is new.
+
+        The model that answers stays until the new one is ready, and beyond for the requests that
+        it is answering.
+
+        Returns:
+            Whether another model answers now.
+        """
+        try:
+            target = self._resolve()
+        except Exception as error:  # the registry is away, or the alias is: keep what there is
+            log.warning("cannot see where the alias points: %s", type(error).__name__)
+            self.on_change("unreachable")
+            return False
+        if target == self.current.target:
+            return False
+        if self._failed is not None:
+            failed, when = self._failed
+            if failed == target and time.monotonic() - when < _RETRY_S:
+                return False
+        try:
+            self.current = self._load(target)
+        except Exception as error:
+            self._failed = target, time.monotonic()
+            log.error(
+                "version %s of %s cannot be loaded (%s); version %s goes on answering",
+                target.version, target.name, type(error).__name__, self.current.version,
+            )  # fmt: skip
+            self.on_change("failed")
+            return False
+        self._failed = None
+        log.info("version %s of %s answers now", target.version, target.name)
+        self.on_change("loaded")
+        return True
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._follow_s):
+            self.look()

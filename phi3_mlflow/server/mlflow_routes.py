@@ -1,0 +1,123 @@
+"""MLflow's own protocol: `/invocations`, `/ping`, `/health`, `/version`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.errors import ApiError, from_exception
+from phi3_mlflow.server.exchange import ClientLeft, Exchange
+from phi3_mlflow.server.guard import log_failure, read_body
+from phi3_mlflow.server.openai_routes import version_of
+
+if TYPE_CHECKING:
+    from mlflow.pyfunc import PyFuncModel
+
+_KINDS = ("application/json", "text/csv")
+
+
+def router(context: Context) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/ping")
+    @routes.get("/health")
+    async def ping() -> Response:
+        return PlainTextResponse("\n", headers=version_of(context.holder.current))
+
+    @routes.get("/version")
+    async def version() -> Response:
+        import mlflow
+
+        return PlainTextResponse(mlflow.__version__)
+
+    @routes.post("/invocations")
+    async def invocations(request: Request) -> Response:
+        try:
+            return await _invoke(context, request)
+        except Exception as error:
+            told = from_exception(error)
+            if told.status >= 500 and not isinstance(error, ApiError):
+                log_failure(error, "an invocation", context.settings.debug)
+            return told.response(mlflow_shape=True)
+
+    return routes
+
+
+async def _invoke(context: Context, request: Request) -> Response:
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() not in _KINDS:
+        raise ApiError(
+            415, f"Content-Type: one of {', '.join(_KINDS)} is needed", "unsupported_media_type"
+        )
+    body = await read_body(request, context.settings.body_limit)
+    loaded = context.holder.current
+    if loaded.model is None:
+        raise ApiError(404, "this model has no pyfunc interface", "unsupported")
+    model = loaded.model
+
+    def work(hand_over: Callable[[Any], None]) -> None:
+        hand_over(_predict(model, body, kind))
+
+    exchange = Exchange(context.desk, request, loaded)
+    try:
+        await exchange.begin(work)
+        (answer,) = [result async for result in exchange.results()]
+    except ClientLeft:
+        return Response(status_code=499)
+    finally:
+        exchange.close()
+    return Response(answer, media_type="application/json", headers=version_of(loaded))
+
+
+def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
+    """Answer as `mlflow models serve` does, with MLflow's own reading and writing of tables.
+
+    Raises:
+        ApiError: with the message that MLflow or the model has for it, and nothing else of theirs.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import scoring_server
+
+    heard = _Listening(model)
+    try:
+        done = scoring_server.invocations(body, kind, heard, model.metadata.get_input_schema())
+    except MlflowException as error:
+        cause = heard.error or error
+        if heard.error is not None and not isinstance(heard.error, MlflowException):
+            raise heard.error from None
+        status = cause.get_http_status_code() if isinstance(cause, MlflowException) else 400
+        if status >= 500:
+            raise cause from None
+        raise ApiError(status, str(getattr(cause, "message", cause)), "invalid_value") from None
+    if done.status != 200:
+        raise ApiError(done.status, str(done.response), "unsupported_media_type")
+    return str(done.response)
+
+
+class _Listening:
+    """A model that remembers what it raised: MLflow's server wraps that in the whole request."""
+
+    def __init__(self, model: PyFuncModel) -> None:
+        self._model = model
+        self.metadata = model.metadata
+        self.error: Exception | None = None
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> Any:
+        try:
+            return self._model.predict(data, params=params)
+        except Exception as error:
+            self.error = error
+            message = getattr(error, "message", None)
+            if isinstance(message, str):
+                # It is wrapped in place.
+                from mlflow.exceptions import MlflowException
+
+                code = getattr(error, "error_code", "INTERNAL_ERROR")
+                from mlflow.protos.databricks_pb2 import ErrorCode
+
+                self.error = MlflowException(message, error_code=ErrorCode.Value(code))
+            raise

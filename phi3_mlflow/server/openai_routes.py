@@ -1,0 +1,148 @@
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/models`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.errors import ApiError, from_exception
+from phi3_mlflow.server.exchange import ClientLeft, Exchange, Figures
+from phi3_mlflow.server.guard import json_only, log_failure, read_body
+from phi3_mlflow.server.holder import Loaded
+from phi3_mlflow.server.protocol import Answer, ChatRequest, TextRequest, parse
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Kind = Literal["chat", "text"]
+
+
+def router(context: Context) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(context, request, "chat")
+
+    @routes.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(context, request, "text")
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        loaded = context.holder.current
+        model = {
+            "id": loaded.name,
+            "object": "model",
+            "created": int(loaded.since),
+            "owned_by": "phi3-mlflow",
+            "version": loaded.version,
+        }
+        return JSONResponse({"object": "list", "data": [model]}, headers=version_of(loaded))
+
+    return routes
+
+
+def version_of(loaded: Loaded) -> dict[str, str]:
+    return {"x-model-version": loaded.version}
+
+
+async def _answer(context: Context, request: Request, kind: Kind) -> Response:
+    json_only(request)
+    body = await read_body(request, context.settings.body_limit)
+    # Reading a megabyte of JSON takes long enough to be felt by others' streams.
+    asked = await asyncio.to_thread(parse, ChatRequest if kind == "chat" else TextRequest, body)
+    loaded = context.holder.current
+    if asked.model is not None and asked.model not in (loaded.name, loaded.target.uri, context.uri):
+        raise ApiError(
+            404, f"there is no model of that name here; this is {loaded.name}", "model_not_found",
+            "model",
+        )  # fmt: skip
+    row = asked.row()
+    wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
+    said: list[str] = []
+
+    def done(figures: Figures) -> None:
+        context.tracer.write(
+            request.url.path, loaded.name, figures, row, "".join(said) if said else None
+        )
+
+    exchange = Exchange(context.desk, request, loaded, done)
+    try:
+        await exchange.begin(exchange.answer_with(wanted))
+        results = exchange.results()
+        reply = await anext(results)  # or the error of a prompt that does not fit
+        answer = Answer(kind, loaded.name, bool(row.get("logprobs")))
+        if asked.streamed:
+            events = _events(context, exchange, results, reply, answer, asked.with_usage, said)
+            return StreamingResponse(
+                events, headers=_STREAM_HEADERS | version_of(loaded), media_type="text/event-stream"
+            )
+        whole = await _whole(results, reply, answer, said)
+    except ClientLeft:
+        exchange.close()
+        return Response(status_code=499)
+    except BaseException:
+        exchange.close()
+        raise
+    return JSONResponse(whole, headers=version_of(loaded))
+
+
+async def _whole(
+    results: AsyncIterator[Any], reply: Any, answer: Answer, said: list[str]
+) -> dict[str, Any]:
+    choices: list[tuple[str, str, list[dict[str, Any]]]] = []
+    texts: list[str] = []
+    chances: list[dict[str, Any]] = []
+    async for part in results:
+        texts.append(part.text)
+        said.append(part.text)
+        chances += part.chances
+        if part.finish_reason:
+            choices.append(("".join(texts), part.finish_reason, chances))
+            texts, chances = [], []
+    return answer.whole(choices, reply.prompt_tokens, reply.tokens)
+
+
+async def _events(
+    context: Context,
+    exchange: Exchange,
+    results: AsyncIterator[Any],
+    reply: Any,
+    answer: Answer,
+    with_usage: bool,
+    said: list[str],
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events."""
+    begun = -1
+    try:
+        async for part in results:
+            if part.index > begun:
+                begun = part.index
+                if first := answer.begin(part.index):
+                    yield _event(first)
+            if part.finish_reason:
+                yield _event(answer.end(part.index, part.finish_reason, part.chances))
+            else:
+                said.append(part.text)
+                yield _event(answer.piece(part.index, part.text, part.chances))
+        if with_usage:
+            yield _event(answer.usage(reply.prompt_tokens, reply.tokens))
+        yield b"data: [DONE]\n\n"
+    except ClientLeft:
+        return
+    except Exception as error:  # the status is out: the client reads the error in the stream
+        if not isinstance(error, ApiError):
+            log_failure(error, "a stream", context.settings.debug)
+        yield _event(from_exception(error).body())
+    finally:
+        exchange.close()
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
