@@ -122,6 +122,7 @@ def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
         metadata=metadata(work, directory),
         tags=tags,
         model_card=model_card(profile, tags),
+        license_text=licence_text(directory),
         pip_requirements=requirements("onnx"),
     )
 
