@@ -134,7 +134,8 @@ def _unpacked(path: str) -> str:
 def _session(master: str) -> Any:
     from pyspark.sql import SparkSession
 
-    if not os.environ.get("PYSPARK_PYTHON") and master.startswith("local"):
+    here = master.startswith(("local", "spark://127.0.0.1", "spark://localhost"))
+    if here and not os.environ.get("PYSPARK_PYTHON"):
         os.environ["PYSPARK_PYTHON"] = sys.executable
     builder = (
         SparkSession.builder.appName("phi3-mlflow score")
@@ -144,7 +145,7 @@ def _session(master: str) -> Any:
         .config("spark.python.worker.reuse", "true")
         .config("spark.log.level", "ERROR")
     )
-    if master.startswith(("local", "spark://127.0.0.1", "spark://localhost")):
+    if here:
         builder = builder.config("spark.driver.host", "127.0.0.1")
         builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
     try:
