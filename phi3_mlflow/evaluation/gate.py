@@ -137,6 +137,8 @@ def judge(metrics: Mapping[str, float], thresholds: Mapping[str, Bound]) -> Verd
     """Compare metrics with thresholds.
 
     A metric that has a threshold but was not measured fails: a gate that cannot see must not open.
+    `mlflow.validate_evaluation_results` says the same (a test compares them), but takes one bound a
+    metric, and raises where a report wants every check with its numbers.
     """
     checks = []
     for metric, bound in sorted(thresholds.items()):

@@ -58,6 +58,34 @@ def test_what_was_measured_is_what_int4_can_do(default_run: tuple[Workspace, str
     assert "Traceback" not in output
 
 
+def test_the_evaluation_shows_in_mlflow(default_run: tuple[Workspace, str]) -> None:
+    """The report, the plots, the verdict and the sets with the step's run; the answers below it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(default_run[0].tracking_uri)
+    version = client.get_model_version("smollm2-135m", "1")
+    run = client.get_run(version.tags["evaluation_run"])
+    logged = {
+        file.path for folder in ("evaluation/1", "figures/version-1")
+        for file in client.list_artifacts(run.info.run_id, folder)
+    }  # fmt: skip
+    for name in ("report.html", "verdict.json", "verdict.xml", "answers.jsonl", "texts.jsonl"):
+        assert f"evaluation/1/{name}" in logged, logged
+    for name in ("quality", "categories", "latency", "divergence"):
+        assert f"figures/version-1/{name}.png" in logged, logged
+    assert {given.dataset.name for given in run.inputs.dataset_inputs} == {
+        "questions", "held-out texts",
+    }  # fmt: skip
+    (answers,) = client.search_runs(
+        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'"
+    )
+    assert answers.data.tags["mlflow.runType"] == "genai_evaluate"
+    assert answers.data.metrics["correct/mean"] == pytest.approx(run.data.metrics["accuracy"])
+    assert answers.data.metrics["ended/mean"] == pytest.approx(1 - run.data.metrics["endless_rate"])
+    for words in ("**Intended use**", "**Licence**", "**Training data**", "Measured on"):
+        assert words in version.description, words
+
+
 def test_what_was_built_is_what_the_profile_asks_for(real_onnx: Path) -> None:
     from phi3_mlflow.genai.check import check_export
 
