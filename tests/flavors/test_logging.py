@@ -383,33 +383,3 @@ def test_values_that_are_not_known_are_refused(onnx_dir: Path, checkpoint: Path)
         log_onnx(onnx_dir, name="x", model_config={"thread": 1})
     with pytest.raises(UserError, match="dtype: 'int8' is not one of float32"):
         log_transformers(checkpoint, name="x", dtype="int8")
-
-
-@pytest.mark.parametrize("flavor", ["onnx", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_a_logged_model_is_complete(
-    request: pytest.FixtureRequest, flavor: str, tmp_path: Path
-) -> None:
-    """It answers in a fresh process that cannot import this project."""
-    folder = _folder(request.getfixturevalue(f"{flavor}_info"))
-    script = (
-        "import json, sys, mlflow\n"
-        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
-        "answer = model.predict(json.loads(sys.argv[2]))\n"
-        "mine = [n for n in sys.modules if n.split('.')[0] in ('phi3_mlflow', 'steps')]\n"
-        "print(json.dumps([answer, mine, sys.path]))\n"
-    )
-    wanted = {**SPAIN, "max_tokens": 4}
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), json.dumps(wanted)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer, mine, path = json.loads(done.stdout.splitlines()[-1])
-    here = request.getfixturevalue(f"{flavor}_model").predict(wanted)
-    assert answer["choices"] == here["choices"]
-    assert mine == []
-    assert str(Path(__file__).parents[2]) not in path
