@@ -11,10 +11,18 @@ from typing import Any, NoReturn
 import click
 
 from phi3_mlflow import console
-from phi3_mlflow.errors import EXIT_DONE, EXIT_FAULT, ProjectError
+from phi3_mlflow.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIFFERENT,
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_GATE,
+    ProjectError,
+)
 from phi3_mlflow.params import PARAMETERS, Request, read_request
 from phi3_mlflow.step import Step, carry_out
 from phi3_mlflow.store import is_full_disk
+from phi3_mlflow.tracking import summary_line
 
 
 def command(
@@ -35,7 +43,7 @@ def command(
     """
 
     def callback(**values: str) -> None:
-        sys.exit(guarded(lambda: do(read_request(parameters, values, choices))))
+        sys.exit(guarded(name, lambda: do(read_request(parameters, values, choices))))
 
     options = [
         click.Option(
@@ -64,8 +72,14 @@ def _carry_out(step: Step, request: Request) -> None:
     carry_out(step, request)
 
 
-def guarded(do: Callable[[], object]) -> int:
+def guarded(name: str, do: Callable[[], object]) -> int:
     """Do something and turn what goes wrong into a message and an exit code.
+
+    Whatever ends badly leaves a summary line, too, for log collectors.
+
+    Args:
+        name: the step's.
+        do: does it, and says itself when it has ended well.
 
     Returns:
         0 done, 2 bad input, 3 the gate said no, 4 not the same when made again, 1 the rest;
@@ -73,31 +87,52 @@ def guarded(do: Callable[[], object]) -> int:
     """
     _stop_on_terminate()
     try:
+        code = _coded(do)
+    except SystemExit as stopped:
+        _summarize(name, stopped.code)
+        raise
+    except BaseException:
+        _summarize(name, EXIT_FAULT)
+        raise
+    if code != EXIT_DONE:
+        _summarize(name, code)
+    return code
+
+
+def _coded(do: Callable[[], object]) -> int:
+    try:
         do()
     except ProjectError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
+        _complain("stopped")
         return 128 + signal.SIGINT
     except MemoryError:
-        print(
-            "error: not enough memory. Close other programs, or take a smaller profile.",
-            file=sys.stderr,
-            flush=True,
-        )
+        _complain("error: not enough memory. Close other programs, or take a smaller profile.")
         return EXIT_FAULT
     except Exception as error:
         if not is_full_disk(error):
             raise
-        print(
+        _complain(
             "error: no space left on a disk: look at the cache (PHI3_MLFLOW_CACHE), at MLflow's "
-            "database and artifacts, and at the folder for temporary files (TMPDIR).",
-            file=sys.stderr,
-            flush=True,
+            "database and artifacts, and at the folder for temporary files (TMPDIR)."
         )
         return EXIT_FAULT
     return EXIT_DONE
+
+
+def _complain(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+_STATUS = {EXIT_BAD_INPUT: "bad_input", EXIT_GATE: "refused", EXIT_DIFFERENT: "different"}
+
+
+def _summarize(name: str, code: object) -> None:
+    stopped = isinstance(code, int) and code > 128
+    status = "stopped" if stopped else _STATUS.get(code, "failed")  # type: ignore[call-overload]
+    print(summary_line(step=name, status=status, code=code), flush=True)
 
 
 def _stop_on_terminate() -> None:

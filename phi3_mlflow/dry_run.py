@@ -25,16 +25,22 @@ class Forecast:
         step: its name.
         reason: why it would run; None when its output is in the cache.
         last: the output it last left for the profile, for what it cost.
+        foreseen: what it would cost, where that can be known.
     """
 
     step: str
     reason: str | None
     last: Entry | None
+    foreseen: str | None = None
 
     def line(self) -> str:
         if self.reason is None:
             return f"  {self.step:<9} nothing to do, in the cache"
-        return f"  {self.step:<9} would run: {self.reason}{cost(self.last)}"
+        return f"  {self.step:<9} would run: {self.reason}{self._foreseen}{cost(self.last)}"
+
+    @property
+    def _foreseen(self) -> str:
+        return f"; needs {self.foreseen}" if self.foreseen else ""
 
 
 class DryRun:
@@ -61,7 +67,8 @@ class DryRun:
         if entry is None:
             last = self._last(step)
             why = reason(planned, last, request.flag("force"))
-            self.forecasts.append(Forecast(step.name, why, last))
+            foreseen = step.foresee(request, planned.inputs) if step.foresee else None
+            self.forecasts.append(Forecast(step.name, why, last, foreseen))
             raise Unknown
         self.forecasts.append(Forecast(step.name, None, entry))
         return Outcome(step.name, entry, True, str(entry.origin.get("run_id", "")))
@@ -109,9 +116,11 @@ def cost(last: Entry | None) -> str:
     """What the step took the last time, or nothing when that is not known."""
     if last is None or not (known := last.origin.get("cost")):
         return ""
+    downloaded = last.origin.get("metrics", {}).get("bytes_downloaded", 0)
     return (
         f"; last time {known['wall_time_s']:.0f} s, {known['peak_rss_bytes'] / 1e6:.0f} MB of "
         f"memory, {last.manifest.total_bytes / 1e6:.0f} MB of disk"
+        + (f", {downloaded / 1e6:.0f} MB of download" if downloaded else "")
     )
 
 

@@ -135,7 +135,7 @@ def _child(name: str, request: Request, parent_run_id: str) -> None:
     os.environ.pop("MLFLOW_RUN_ID", None)  # that is main's own
     console.set_quiet(request.flag("quiet"))
     step = importlib.import_module(f"steps.{name}").STEP
-    sys.exit(guarded(lambda: carry_out(step, request, parent_run_id=parent_run_id)))
+    sys.exit(guarded(name, lambda: carry_out(step, request, parent_run_id=parent_run_id)))
 
 
 def _killed(step: str, number: int) -> str:

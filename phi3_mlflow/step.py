@@ -89,6 +89,7 @@ class Step:
         code: the parts of the project, as paths, whose change makes earlier output stale.
         libraries: the distributions whose version decides the output.
         still_there: for output that lives in MLflow, says what of it has gone, if anything has.
+        foresee: says what it would cost, where that can be known beforehand.
         after: is done on every run, on a hit too: idempotent marks such as tags.
         always: the step looks for itself whether there is something to do.
         light: it is done in the process of `main`; the others get one of their own.
@@ -104,6 +105,7 @@ class Step:
     libraries: tuple[str, ...] = ()
     still_there: Callable[[Entry], str | None] | None = None
     after: Callable[[Request, Entry], None] | None = None
+    foresee: Callable[[Request, Mapping[str, Input]], str | None] | None = None
     always: bool = False
     light: bool = False
 

@@ -190,6 +190,25 @@ class Store:
         except (Timeout, BlockingIOError):
             return False
 
+    def unfinished_downloads(self) -> int:
+        """The bytes that downloads hold which have not become an output."""
+        return sum(_size(folder) for folder in self.downloads.glob("*"))
+
+    def drop_downloads(self, age_s: float) -> int:
+        """Remove downloads that nobody is at, and has not been for a time; gives their bytes."""
+        from filelock import FileLock, Timeout
+
+        dropped = 0
+        for folder in self.downloads.glob("*/"):
+            newest = max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
+            if time.time() - newest < age_s:
+                continue
+            # The lock that a fetch holds, see `sources.common.exclusive`.
+            with suppress(Timeout), FileLock(str(folder) + ".lock", timeout=0):
+                dropped += _size(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        return dropped
+
     @contextmanager
     def _shared(self, name: str) -> Iterator[None]:
         locks = self.root / "locks"
@@ -336,6 +355,10 @@ def _flock(file: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
     with file.open("a") as stream:
         fcntl.flock(stream, mode)
         yield
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def _write_json(file: Path, content: Any) -> None:

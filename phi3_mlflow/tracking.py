@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,14 @@ from phi3_mlflow.store import Entry
 if TYPE_CHECKING:
     import mlflow
     from matplotlib.figure import Figure
+    from mlflow.entities import Run
     from pydantic import BaseModel
 
     from phi3_mlflow.step import Input
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 EXPERIMENT_NAME = "phi3-mlflow"
+_LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
 
@@ -219,7 +222,10 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
 
 
 def close_dead_runs(experiment_id: str) -> list[str]:
-    """Close the runs, still RUNNING, of processes of this machine that are no more, as KILLED.
+    """Close runs that are still RUNNING and never will be anything else, as KILLED.
+
+    These are the runs of processes of this machine that are no more, and those that `mlflow run`
+    opened a day ago for an environment that was never made.
 
     Returns:
         The ids of the runs that were closed.
@@ -227,15 +233,25 @@ def close_dead_runs(experiment_id: str) -> list[str]:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    host = socket.gethostname().replace("'", "")
-    running = client.search_runs(
-        [experiment_id], f"attributes.status = 'RUNNING' and tags.owner_host = '{host}'"
-    )
-    dead = [run.info.run_id for run in running if not _alive(run.data.tags)]
-    for run_id in dead:
-        client.set_tag(run_id, "error", "the process that did the work ended without a word")
+    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    dead = {run.info.run_id: why for run in running if (why := _why_dead(run))}
+    for run_id, why in dead.items():
+        client.set_tag(run_id, "error", why)
         client.set_terminated(run_id, "KILLED")
-    return dead
+    return list(dead)
+
+
+def _why_dead(run: Run) -> str | None:
+    """Why a run that MLflow shows as RUNNING is not; None when it may be."""
+    tags = run.data.tags
+    if "owner_host" in tags:
+        mine = tags["owner_host"] == socket.gethostname()
+        gone = mine and not _alive(tags)
+        return "the process that did the work ended without a word" if gone else None
+    opened_only = tags.get("mlflow.source.type") == "PROJECT" and "step" not in tags
+    if opened_only and time.time() - run.info.start_time / 1000 > _LONGEST_TO_BEGIN_S:
+        return "it never began: most likely its environment could not be made"
+    return None
 
 
 def _owner() -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Look after the cache of step outputs: list it, check it, make it smaller.
 
     mlflow run . -e cache
+    python -m steps.cache --do size
     python -m steps.cache --do verify
     python -m steps.cache --do prune --older-than 30d
     python -m steps.cache --do prune --max-size 20GB
 
-`verify` reads every file and removes what is damaged; it will be made again when it is needed.
-`prune` removes what has not been used for a time, or the longest unused until the rest fits; never
-what a running step reads or builds. Without either limit it removes what no profile's last run
-left.
+`size` adds up by step, with what unfinished downloads take. `verify` reads every file and removes
+what is damaged; it will be made again when it is needed. `prune` removes what has not been used
+for a time, or the longest unused until the rest fits; never what a running step reads or builds.
+Without either limit it removes what no profile's last run left. Unfinished downloads go by their
+age, too.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ def main(request: Request) -> None:
     if action == "list":
         for entry in entries:
             console.say(line(entry))
+    elif action == "size":
+        for said in sizes(store, entries):
+            console.say(said)
     elif action == "verify":
         removed = remove(store, verify(store, entries))
     else:
@@ -86,6 +91,20 @@ def line(entry: Entry) -> str:
     return f"  {entry.step:<9} {entry.key}  {size:>9.1f} MB  unused for {days:.1f} days"
 
 
+def sizes(store: Store, entries: Iterable[Entry]) -> list[str]:
+    """What each step's outputs take, the largest first, and what was downloaded so far."""
+    by_step: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_step.setdefault(entry.step, []).append(entry)
+    ordered = sorted(by_step.items(), key=lambda item: -megabytes(item[1]))
+    lines = [
+        f"  {step:<20} {megabytes(mine):>9.1f} MB  {len(mine)} outputs" for step, mine in ordered
+    ]
+    if partial := store.unfinished_downloads():
+        lines.append(f"  {'unfinished downloads':<20} {partial / 1e6:>9.1f} MB")
+    return lines
+
+
 def verify(store: Store, entries: Iterable[Entry]) -> list[Entry]:
     """The outputs that are damaged; says what is wrong with each."""
     damaged = []
@@ -101,6 +120,8 @@ def verify(store: Store, entries: Iterable[Entry]) -> list[Entry]:
 
 def prune(store: Store, entries: list[Entry], age: float | None, size: int | None) -> list[Entry]:
     """Remove by age, then by size, the longest unused first; without limits, what is not latest."""
+    if (age is not None or size is None) and (freed := store.drop_downloads(age or 0)):
+        console.say(f"  unfinished downloads, {freed / 1e6:.1f} MB  removed")
     if age is None and size is None:
         latest = store.latest_keys()
         return remove(store, [entry for entry in entries if (entry.step, entry.key) not in latest])

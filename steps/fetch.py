@@ -20,7 +20,7 @@ from phi3_mlflow.params import Request
 from phi3_mlflow.profiles import find_profile
 from phi3_mlflow.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.sources.spec import HubSource, SourceSpec, parse_source
-from phi3_mlflow.step import Step, Work
+from phi3_mlflow.step import Input, Step, Work
 from phi3_mlflow.store import Entry, Store
 
 REVISION = "source_revision"
@@ -77,6 +77,17 @@ def settings(request: Request) -> dict[str, Any]:
         "base_model": profile.base_model,
         "licence": profile.licence,
     }
+
+
+def foresee(request: Request, inputs: Mapping[str, Input]) -> str | None:
+    from phi3_mlflow.sources import size_of_source
+
+    spec = parse_source(request.profile.origin)
+    size = size_of_source(spec, base_dir=base_directory(request))
+    if size is None:
+        return None
+    what = "download and of disk" if isinstance(spec, HubSource) else "disk"
+    return f"{size / 1e6:.0f} MB of {what}"
 
 
 def work(work: Work) -> None:
@@ -152,6 +163,7 @@ STEP = Step(
     code=("steps/fetch.py", "phi3_mlflow/sources", "phi3_mlflow/checkpoints"),
     libraries=("gguf", "safetensors", "tokenizers"),
     after=write_lock_file,
+    foresee=foresee,
 )
 
 if __name__ == "__main__":

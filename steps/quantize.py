@@ -9,6 +9,7 @@ in Hugging Face's layout (GPTQ format), and the same checkpoint and settings giv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from phi3_mlflow import console
@@ -55,6 +56,16 @@ def settings(request: Request) -> dict[str, Any]:
     return values
 
 
+def foresee(request: Request, inputs: Mapping[str, Input]) -> str:
+    from phi3_mlflow.quantization.preflight import needs
+
+    needed = needs(inputs["checkpoint"].path, request.profile.quantization)
+    return (
+        f"{needed.memory / 1e9:.1f} GB of memory and, with the export, "
+        f"{needed.disk / 1e9:.1f} GB of disk"
+    )
+
+
 def work(work: Work) -> None:
     from phi3_mlflow.quantization.preflight import preflight
     from phi3_mlflow.quantization.quantize import quantize_checkpoint
@@ -90,6 +101,7 @@ STEP = Step(
     work=work,
     code=("steps/quantize.py", "phi3_mlflow/quantization", "phi3_mlflow/checkpoints"),
     libraries=("numpy", "torch", "safetensors"),
+    foresee=foresee,
 )
 
 if __name__ == "__main__":

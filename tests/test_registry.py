@@ -139,7 +139,7 @@ registry.describe(version)  # connected, and everything imported
 Path(sys.argv[3]).touch()
 while not Path(sys.argv[4]).exists():
     time.sleep(0.005)
-sys.exit(guarded(lambda: registry.promote(version, force=sys.argv[2] == "force")))
+sys.exit(guarded("promote", lambda: registry.promote(version, force=sys.argv[2] == "force")))
 """
 
 

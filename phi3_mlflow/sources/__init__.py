@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from phi3_mlflow.sources.common import FetchedSource, Progress, ProgressFactory
 from phi3_mlflow.sources.digests import FileDigest
-from phi3_mlflow.sources.fetch import fetch_source, resolve_revision, write_lock
+from phi3_mlflow.sources.fetch import (
+    fetch_source,
+    resolve_revision,
+    size_of_source,
+    write_lock,
+)
 from phi3_mlflow.sources.spec import SourceSpec, parse_source
 from phi3_mlflow.sources.transfer import RetryPolicy
 
@@ -18,5 +23,6 @@ __all__ = [
     "fetch_source",
     "parse_source",
     "resolve_revision",
+    "size_of_source",
     "write_lock",
 ]

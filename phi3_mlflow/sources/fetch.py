@@ -137,6 +137,36 @@ def resolve_revision(
     raise TypeError(f"{type(spec).__name__} is no source")
 
 
+def size_of_source(
+    spec: SourceSpec,
+    *,
+    base_dir: Path,
+    time_limit_s: float | None = 60.0,
+    policy: RetryPolicy | None = None,
+) -> int | None:
+    """How many bytes a fetch would bring; downloads none of them.
+
+    Returns:
+        The bytes, or None where the source does not say (`pypi:` and MLflow's).
+
+    Raises:
+        ProjectError: as `fetch_source`.
+    """
+    policy = policy or RetryPolicy()
+    with _cleanly(spec, None):
+        if isinstance(spec, HubSource):
+            from phi3_mlflow.sources.hub import offline, size_of_hub
+
+            return None if offline() else size_of_hub(spec, policy, Deadline(time_limit_s, policy))
+        if isinstance(spec, FileSource):
+            from phi3_mlflow.sources.local import needed_files
+
+            directory = spec.directory(base_dir)
+            names = needed_files(directory, spec.text)
+            return sum((directory / name).stat().st_size for name in names)
+    return None
+
+
 def write_lock(source: str, revision: str, lock: Mapping[str, str]) -> str:
     """The lock of what was fetched, as YAML to put into a profile.
 

@@ -43,6 +43,7 @@ _LARGEST_LISTING = 50_000_000  # bytes
 _LARGEST_FILE = 1 << 40
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_WEIGHTS = re.compile(r"model[\w.-]*\.safetensors")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
 
@@ -96,6 +97,20 @@ def resolve_hub(spec: HubSource, policy: RetryPolicy, deadline: Deadline) -> str
         )
     with hub_transfer(spec, policy, deadline) as transfer:
         return read_listing(spec, transfer).commit
+
+
+def size_of_hub(spec: HubSource, policy: RetryPolicy, deadline: Deadline) -> int:
+    """The bytes of the files that a fetch takes, by the listing.
+
+    Without the index it is not known which shards it names: all in its folder are counted.
+    """
+    with hub_transfer(spec, policy, deadline) as transfer:
+        listing = read_listing(spec, transfer)
+    weights = [name for name in listing.files if _WEIGHTS.fullmatch(name)]
+    if layout.SINGLE in weights:
+        weights = [layout.SINGLE]
+    names = [*layout.small_files(listing.files), *weights]
+    return sum(listing.files[name].size or 0 for name in names)
 
 
 def offline() -> bool:

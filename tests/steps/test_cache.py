@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from phi3_mlflow.params import read_request
 from phi3_mlflow.store import Entry, Store
@@ -48,6 +50,45 @@ def test_a_list_changes_nothing(store: Store, capsys: pytest.CaptureFixture[str]
     assert "2.0 MB" in captured.err
     assert "outputs=1 size_mb=2.0 removed=0" in captured.out
     assert keys(store) == {1}
+
+
+def test_sizes_are_added_up_by_step(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    put(store, 1, size=2_000_000)
+    put(store, 2, size=1_000_000)
+    download(store, "hf-acme", 500_000)
+    run(do="size")
+    said = capsys.readouterr().err
+    assert [line.split() for line in said.splitlines()] == [
+        ["export", "3.0", "MB", "2", "outputs"],
+        ["unfinished", "downloads", "0.5", "MB"],
+    ]
+    assert keys(store) == {1, 2}
+
+
+def download(store: Store, name: str, size: int, age_days: float = 0) -> Path:
+    folder = store.downloads / name
+    folder.mkdir(parents=True)
+    part = folder / "model.safetensors.part"
+    part.write_bytes(b"0" * size)
+    then = time.time() - age_days * DAY
+    for path in (part, folder):
+        os.utime(path, (then, then))
+    return folder
+
+
+def test_unfinished_downloads_go_by_age_and_never_from_under_a_fetch(store: Store) -> None:
+    old, new = download(store, "old", 10, age_days=40), download(store, "new", 10)
+    held = download(store, "held", 10, age_days=40)
+    with FileLock(str(held) + ".lock"):
+        run(do="prune", older_than="30d")
+    assert not old.exists()
+    assert new.exists()
+    assert held.exists()
+    run(do="prune", max_size="1GB")
+    assert new.exists()
+    run(do="prune")
+    assert not new.exists()
+    assert not held.exists()
 
 
 def test_what_was_not_used_for_long_is_pruned(store: Store) -> None:

@@ -91,7 +91,7 @@ def test_a_missing_input_names_the_command_that_makes_it(
         ("promote", ("--action", "rollback"), "nothing to roll back"),
         ("reproduce", (), "no version of smollm2-135m carries the alias challenger"),
         ("register", ("--model-uri", "models:/m-0"), "there is no such logged model"),
-        ("cache", ("--do", "clear"), "allowed: list, verify, prune"),
+        ("cache", ("--do", "clear"), "allowed: list, size, verify, prune"),
         ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 12h, 30d or 8w"),
         ("cache", ("--older-than", "5", "--max-size", "much"), "write it like 500MB, 20GB"),
         ("score", (), "input has to be given"),

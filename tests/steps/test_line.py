@@ -115,8 +115,13 @@ def test_a_dry_run_says_what_would_be_done_and_why(line, connected: Workspace) -
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert "nothing to do" in lines["fetch"]
     assert "settings.block_size (32 -> 16)" in lines["quantize"]
+    assert "needs 0.7 GB of memory and, with the export, 0.0 GB of disk" in lines["quantize"]
     assert "MB of memory" in lines["quantize"]
     assert "its input would be new" in lines["export"]
+    unknown = write_profile(place.folder, "tiny-unknown", licence="Apache-2.0")
+    done = place.step("main", "--profile", str(unknown), "--dry-run", "true")
+    first = "fetch     would run: it has not been done for this profile yet; needs 1 MB of disk"
+    assert first in done.stdout
     assert len(registry.client().search_runs(["1"])) == runs
 
 

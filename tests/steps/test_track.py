@@ -74,7 +74,7 @@ def test_a_branch_that_moved_becomes_a_version_and_the_gate_decides(
     hub.files, hub.commit = files_of(moved), MOVED
     plan = main("--dry-run", "true")
     assert f"hf:{REPO}@main is at {MOVED} now; fetched last: {COMMIT}" in plan
-    assert "fetch     would run: changed: settings.source_revision" in plan
+    assert "fetch     would run: changed: settings.source_revision; needs 1 MB of download" in plan
     assert versions() == {"1": COMMIT}
 
     main()
