@@ -69,7 +69,7 @@ def log_onnx(
     example = packing.CHAT_EXAMPLE if contract == "chat" else packing.PROMPT_EXAMPLE
     return Model.log(
         artifact_path=None,
-        name=name,
+        name=packing.logged_name(name),
         flavor=_OnnxFlavor,
         flavor_name="mlflow.pyfunc",
         metadata={**({"task": "llm/v1/chat"} if contract == "chat" else {}), **(metadata or {})},

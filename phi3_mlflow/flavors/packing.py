@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -108,6 +109,11 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
         return asdict(Config.read(values))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def logged_name(name: str) -> str:
+    """A model's name as MLflow takes it for a LoggedModel; registered models may have a dot."""
+    return re.sub(r"[/:.%\"']", "-", name)
 
 
 def code_file(contract: Contract) -> Path:

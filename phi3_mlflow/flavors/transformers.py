@@ -71,7 +71,7 @@ def log_transformers(
     config = packing.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
     info = mlflow.transformers.log_model(
         transformers_model=str(checkpoint.resolve()),
-        name=name,
+        name=packing.logged_name(name),
         task=TASK,
         torch_dtype=getattr(torch, dtype),
         input_example=input_example or packing.CHAT_EXAMPLE,

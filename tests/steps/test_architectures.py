@@ -6,8 +6,11 @@ import mlflow
 import pytest
 import yaml
 
+from phi3_mlflow.params import read_request
 from phi3_mlflow.profiles import PROFILE_DIRECTORY, load_profile, profile_names
 from phi3_mlflow.sources.spec import parse_source
+from phi3_mlflow.step import carry_out
+from steps import export, fetch, log, quantize
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 from tests.fixtures.tiny_phi3 import ARCHITECTURES, make_tiny
@@ -48,13 +51,11 @@ def test_a_phi_profile_goes_from_fetch_to_a_chat_answer(name: str, workspace: Wo
             "quantization": {**real["quantization"], "block_size": 16},
         },
     )
-    for step in ("fetch", "quantize", "export", "log"):
-        done = workspace.step(step, "--profile", str(profile), "--quiet", "true")
-        assert done.returncode == 0, f"{step}: {done.stdout}{done.stderr}"
-    mlflow.set_tracking_uri(workspace.tracking_uri)
-    experiment = mlflow.get_experiment_by_name("phi3-mlflow")
-    (logged,) = mlflow.search_logged_models([experiment.experiment_id], output_format="list")
-    model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    for module in (fetch, quantize, export, log):
+        request = read_request(module.STEP.all_parameters, {"profile": str(profile)})
+        done = carry_out(module.STEP, request)
+    (logged,) = done.record["models"]
+    model = mlflow.pyfunc.load_model(logged["model_uri"])
     answer = model.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5})
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert 1 <= answer["usage"]["completion_tokens"] <= 5
