@@ -169,6 +169,7 @@ class Answer:
     def __init__(self, kind: Literal["chat", "text"], model: str, logprobs: bool) -> None:
         self._chat = kind == "chat"
         self._logprobs = logprobs
+        self._offset = 0  # characters of a choice's text so far
         name = "chatcmpl" if self._chat else "cmpl"
         self._head = {
             "id": f"{name}-{uuid.uuid4().hex}",
@@ -178,7 +179,8 @@ class Answer:
         }
 
     def begin(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice, if there is one."""
+        """Begin a choice, with its first chunk if it has one."""
+        self._offset = 0
         if not self._chat:
             return None
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
@@ -201,6 +203,7 @@ class Answer:
         """The whole answer from (text, finish reason, log probabilities) of each choice."""
         shaped = []
         for index, (text, reason, chances) in enumerate(choices):
+            self._offset = 0
             said: dict[str, Any] = {"text": text}
             if self._chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -222,6 +225,11 @@ class Answer:
     def _shaped_logprobs(self, chances: list[dict[str, Any]]) -> dict[str, Any]:
         if self._chat:
             return {"content": chances, "refusal": None}
+        starts, at = [], self._offset
+        for chance in chances:
+            starts.append(at)
+            at += len(chance["token"])
+        self._offset = at
         return {
             "tokens": [chance["token"] for chance in chances],
             "token_logprobs": [chance["logprob"] for chance in chances],
@@ -229,7 +237,7 @@ class Answer:
                 {other["token"]: other["logprob"] for other in chance["top_logprobs"]}
                 for chance in chances
             ],
-            "text_offset": [],
+            "text_offset": starts,
         }
 
 
