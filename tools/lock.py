@@ -23,6 +23,7 @@ from pathlib import Path
 from pip_env import pip_configuration
 from requirement_files import (
     CONDA_YAML,
+    EXTRA_FILES,
     REQUIREMENTS,
     conda_pip_requirements,
     conda_pip_version,
@@ -44,8 +45,9 @@ ACCELERATOR_NOTE = """\
 
 def main() -> int:
     direct = conda_pip_requirements()
-    dev = extra_requirements(REQUIREMENTS / "dev.txt")
-    gptq = extra_requirements(REQUIREMENTS / "gptq.txt")
+    extras = {
+        name: extra_requirements(REQUIREMENTS / file) for name, file in EXTRA_FILES.items() if file
+    }
     with tempfile.TemporaryDirectory(prefix="lock-") as scratch:
         python = clean_environment(Path(scratch))
         runtime = resolve(python, direct)
@@ -53,8 +55,10 @@ def main() -> int:
         torch = [pin for pin in direct if pin.startswith("torch==")]
         everything = resolve(python, torch, environment=index_alone(), bound_to=runtime)
         accelerator = without(everything, runtime)
-        with_dev = resolve(python, direct + dev, bound_to=runtime)
-        with_gptq = resolve(python, direct + gptq, bound_to=runtime)
+        closures = {
+            name: resolve(python, direct + extra, bound_to=runtime)
+            for name, extra in extras.items()
+        }
 
     text = HEADER.format(
         what="The whole closure of conda.yaml's pip list, exact.",
@@ -64,11 +68,11 @@ def main() -> int:
     if accelerator:
         text += ACCELERATOR_NOTE + lines(accelerator)
     write(REQUIREMENTS / "constraints.txt", text)
-    for name, extra, closure in (("dev", dev, with_dev), ("gptq", gptq, with_gptq)):
+    for name, closure in closures.items():
         head = HEADER.format(
             what=f"What requirements/{name}.txt brings beyond constraints.txt, exact.",
             source=f"requirements/{name}.txt",
-            digest=requirements_digest(direct + extra),
+            digest=requirements_digest(direct + extras[name]),
         )
         write(REQUIREMENTS / f"constraints-{name}.txt", head + lines(without(closure, runtime)))
     write(CONDA_YAML, CLOSURE_LINE.sub(f"# closure: {sha256(text)}", CONDA_YAML.read_text("utf-8")))

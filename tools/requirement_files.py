@@ -1,7 +1,7 @@
 """Where the project's dependencies are written, read with nothing but the standard library.
 
 ``conda.yaml`` holds every direct dependency of the running project, and nothing else does;
-``requirements/dev.txt`` and ``requirements/gptq.txt`` add to it. Each has its closure beside it as
+``requirements/dev.txt``, ``gptq.txt`` and ``spark.txt`` there add to it. Each has its closure beside it as
 a constraints file. Setting up ``.venv`` happens before PyYAML is there, so ``conda.yaml`` is read
 line by line; ``tests/project/test_environment.py`` holds this reading against YAML's.
 """
@@ -16,11 +16,17 @@ CONDA_YAML = ROOT / "conda.yaml"
 REQUIREMENTS = ROOT / "requirements"
 
 # The requirements file each set adds to conda.yaml's list, and the constraints files that bind it.
-EXTRA_FILES: dict[str, str | None] = {"runtime": None, "dev": "dev.txt", "gptq": "gptq.txt"}
+EXTRA_FILES: dict[str, str | None] = {
+    "runtime": None,
+    "dev": "dev.txt",
+    "gptq": "gptq.txt",
+    "spark": "spark.txt",
+}
 CONSTRAINT_FILES = {
     "runtime": ("constraints.txt",),
     "dev": ("constraints.txt", "constraints-dev.txt"),
     "gptq": ("constraints.txt", "constraints-gptq.txt"),
+    "spark": ("constraints.txt", "constraints-spark.txt"),
 }
 
 
@@ -49,7 +55,7 @@ def extra_requirements(path: Path) -> list[str]:
 
 
 def direct_requirements(kind: str) -> list[str]:
-    """What the set ``runtime``, ``dev`` or ``gptq`` asks for by name, pinned."""
+    """What a set of ``EXTRA_FILES`` asks for by name, pinned."""
     found = conda_pip_requirements()
     extra = EXTRA_FILES[kind]
     if extra is not None:

@@ -23,7 +23,7 @@ NOT_IMPORTED = {
     "onnxruntime": "onnxruntime-genai's builder packs int4 weights with it",
 }
 # Imported where the feature is used, and installed for that feature alone.
-OPTIONAL = {"optimum", "gptqmodel"}
+OPTIONAL = {"optimum", "gptqmodel", "pyspark"}
 
 
 def normalized(name: str) -> str:
@@ -171,7 +171,7 @@ def test_every_direct_dependency_is_pinned_as_in_the_closure(root):
         assert closure.get(name) == version, f"{name}: run `make lock`"
 
 
-@pytest.mark.parametrize("name", ["dev", "gptq"])
+@pytest.mark.parametrize("name", ["dev", "gptq", "spark"])
 def test_optional_requirements_are_pinned_as_in_their_closure(root, name):
     closure = constraints(root) | constraints(root, f"constraints-{name}.txt")
     for package, version in extra(root, f"{name}.txt").items():
@@ -186,6 +186,7 @@ def test_the_locks_were_made_for_these_requirements(root, tool):
         ("runtime", "constraints.txt"),
         ("dev", "constraints-dev.txt"),
         ("gptq", "constraints-gptq.txt"),
+        ("spark", "constraints-spark.txt"),
     ):
         digest = lock.requirements_digest(files.direct_requirements(kind))
         text = (root / "requirements" / name).read_text(encoding="utf-8")
@@ -232,7 +233,7 @@ def test_every_import_is_a_direct_dependency(root):
         if not names & (direct | OPTIONAL):
             undeclared[module] = where
     assert not undeclared, "add NAME==VERSION to conda.yaml's pip list, then `make lock`"
-    assert set(extra(root, "gptq.txt")) == OPTIONAL
+    assert set(extra(root, "gptq.txt")) | set(extra(root, "spark.txt")) == OPTIONAL
 
 
 def test_every_direct_dependency_is_needed(root):
