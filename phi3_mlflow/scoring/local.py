@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,6 +27,7 @@ Batch = list[tuple[int, str]]
 Scored = list[tuple[int, Result]]
 
 MOST_WORKERS = 4
+_MOST_DEATHS = 3  # one after the other: it is not the rows, then
 _MEMORY_SHARE = 0.5
 _PROCESS_BYTES = 400_000_000  # Python with MLflow and a runtime, without the model
 
@@ -50,16 +51,17 @@ class LocalEngine:
         self._ask = ask
         self._wanted = workers
         self._workers: list[_Worker] = []
+        self._deaths = 0  # since the last answer
         self.models_loaded = 0
 
-    def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
+    def run(self, batches: Iterator[Batch]) -> Generator[Scored, None, None]:
         """Score batches; their results come in the order in which they are ready.
 
         A worker that dies over a batch is replaced, and the batch is done again a row at a time:
         the row that kills its worker a second time, alone, has that as its error.
 
         Raises:
-            EnvironmentProblem: workers die before they have answered anything.
+            EnvironmentProblem: the model cannot be loaded, or workers die one after the other.
         """
         waiting: deque[Batch] = deque()
         try:
@@ -92,7 +94,10 @@ class LocalEngine:
                 return
             worker = idle.pop() if idle else self._start()
             worker.batch = batch
-            worker.pipe.send(batch)
+            try:
+                worker.pipe.send(batch)
+            except ConnectionError:  # it died while it had nothing to do; `_take` finds that out
+                continue
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -112,20 +117,22 @@ class LocalEngine:
         if isinstance(values, BaseException):
             raise EnvironmentProblem(f"{self._ask.model} cannot be loaded: {values}") from values
         self.models_loaded += fresh
+        self._deaths = 0
         done, worker.batch = worker.batch, []
         return [(index, Result(*v)) for (index, _), v in zip(done, values, strict=True)]
 
     def _bury(self, worker: _Worker, waiting: deque[Batch]) -> Scored | None:
         worker.process.join()
         self._workers.remove(worker)
-        if not self.models_loaded:
+        self._deaths += 1
+        code = worker.process.exitcode
+        if not self.models_loaded or self._deaths > _MOST_DEATHS:
             raise EnvironmentProblem(
-                f"the process that loads the model died (code {worker.process.exitcode}); the "
-                "usual reason is too little memory. Take fewer workers: -P workers=1"
+                f"processes that hold the model die (code {code}); the usual reason is too little "
+                "memory. What is done is kept; take fewer workers: -P workers=1"
             )
         if len(worker.batch) == 1:
-            reason = f"the process died over this row (code {worker.process.exitcode})"
-            return [(worker.batch[0][0], Result(error=reason))]
+            return [(worker.batch[0][0], Result(error=f"the process died over this row ({code=})"))]
         waiting.extend([row] for row in worker.batch)
         return None
 

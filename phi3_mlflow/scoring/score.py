@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -104,7 +106,7 @@ class Outcome:
 class Engine(Protocol):
     models_loaded: int
 
-    def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
+    def run(self, batches: Iterator[Batch]) -> Generator[Scored, None, None]:
         """Score batches; their results come in the order in which they are ready."""
 
 
@@ -134,17 +136,32 @@ def score(order: Order) -> Outcome:
     rows = sum(1 for _ in source.rows())
     before = _state(order.input)
     outcome = Outcome(rows, sha256_of_file(order.input))
-    model = inspect(order.model_uri)
-    header = _header(order, model, outcome)
-    if order.force:
-        order.journal.unlink(missing_ok=True)
-    elif _is_done(order, header, outcome):
-        return outcome
+    with _downloads():
+        model = inspect(order.model_uri)
+        header = _header(order, model, outcome)
+        if order.force:
+            order.journal.unlink(missing_ok=True)
+        elif _is_done(order, header, outcome):
+            return outcome
+        _fill(order, model, source, header, outcome, before)
+    return outcome
+
+
+def _fill(
+    order: Order,
+    model: Model,
+    source: RowFile,
+    header: dict[str, Any],
+    outcome: Outcome,
+    before: tuple[int, int],
+) -> None:
+    """Score what the journal does not have, and write the output from it."""
     try:
-        with Journal(order.journal, header, rows, _adopted(order)) as journal:
+        with Journal(order.journal, header, outcome.rows, _adopted(order)) as journal:
             outcome.resumed = journal.done
             if journal.done:
-                console.say(f"  {journal.done} of {rows} rows are in {order.journal.name} already")
+                told = f"{journal.done} of {outcome.rows} rows are in {order.journal.name} already"
+                console.say(f"  {told}")
             _score_rest(order, model, source, journal, outcome)
             if _state(order.input) != before:
                 raise UserError(f"{order.input} was changed while it was scored; nothing written")
@@ -155,7 +172,21 @@ def score(order: Order) -> Outcome:
             f"{order.output} cannot be written: {error.strerror or error}. What is done is in "
             f"{order.journal.name}; ask for the same again to go on."
         ) from error
-    return outcome
+
+
+@contextmanager
+def _downloads() -> Iterator[None]:
+    """Let MLflow download into a folder that goes away: it leaves its copies in the system's.
+
+    A model in a store on this machine is not copied, and stays where it is.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-score-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def inspect(model_uri: str) -> Model:
@@ -253,11 +284,13 @@ def _score_rest(
     started = time.monotonic()
     with console.progress("scoring", missing, "rows") as progress:
         batches = _batches(source, journal, model, order.batch_size, unanswerable)
-        for scored in engine.run(batches):
-            journal.append(scored)
-            progress.advance(len(scored))
-            outcome.new_tokens += sum(result.completion_tokens or 0 for _, result in scored)
-            _note(journal, unanswerable, progress)
+        # Closed here and now, whatever happens: the workers end with it.
+        with closing(engine.run(batches)) as results:
+            for scored in results:
+                journal.append(scored)
+                progress.advance(len(scored))
+                outcome.new_tokens += sum(result.completion_tokens or 0 for _, result in scored)
+                _note(journal, unanswerable, progress)
         _note(journal, unanswerable, progress)
     outcome.seconds = time.monotonic() - started
     outcome.models_loaded = engine.models_loaded
@@ -350,6 +383,11 @@ def _to_disk(part: Path, target: Path) -> None:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming, too
+    finally:
+        os.close(folder)
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ class SparkEngine:
         self._master = master
         self.models_loaded = 0
 
-    def run(self, batches: Iterator[Batch]) -> Iterator[Scored]:
+    def run(self, batches: Iterator[Batch]) -> Generator[Scored, None, None]:
         """Score batches; their results come in the order in which they are ready."""
         _check_installation()
         _check_reachable(self._master)

@@ -50,7 +50,7 @@ def test_a_row_that_kills_its_worker_is_an_error_and_the_others_are_answered(dea
     warm = [(9, asking("first"))]
     results = dict(row for batch in engine.run(iter([warm, rows])) for row in batch)
     assert [results[i].response for i in range(6)] == ["A", None, "B", None, "C", "D"]
-    assert results[1].error == f"the process died over this row (code {-signal.SIGKILL})"
+    assert results[1].error == f"the process died over this row (code={-signal.SIGKILL})"
     assert results[3].error == "as it was told"
     assert not multiprocessing.active_children()
 
@@ -65,6 +65,15 @@ def test_each_worker_loads_one_model_and_all_end(deadly: Ask) -> None:
     assert engine.models_loaded == len(processes) <= 2
     assert os.getpid() not in processes
     assert not any(map(psutil.pid_exists, processes))
+
+
+def test_workers_that_die_over_every_row_stop_the_work(deadly: Ask) -> None:
+    batches = [[(9, asking("first"))], [(index, asking("die")) for index in range(8)]]
+    running = LocalEngine(deadly, 1).run(iter(batches))
+    assert [next(running)[0][0] for _ in range(3)] == [9, 0, 1]
+    with pytest.raises(EnvironmentProblem, match="too little memory"):
+        next(running)
+    assert not multiprocessing.active_children()
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_work(tmp_path: Path) -> None:
