@@ -57,7 +57,7 @@ def check_judge(judge: JudgeSettings | None) -> None:
 
 
 def _check_openai(model: str) -> None:
-    import requests
+    import httpx
 
     key = os.environ.get("OPENAI_API_KEY")
     if not key:
@@ -68,8 +68,8 @@ def _check_openai(model: str) -> None:
     base = os.environ.get("OPENAI_API_BASE") or os.environ.get("OPENAI_BASE_URL") or _OPENAI
     headers = {"Authorization": f"Bearer {key}"}
     try:
-        answer = requests.get(f"{base.rstrip('/')}/models", headers=headers, timeout=20)
-    except requests.RequestException as error:
+        answer = httpx.get(f"{base.rstrip('/')}/models", headers=headers, timeout=20)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EnvironmentProblem(
             f"evaluation.judge.model = {model!r}: {scrubbed(base)} does not answer "
             f"({type(error).__name__}).\nSee to the network, or to OPENAI_API_BASE; or leave the "
