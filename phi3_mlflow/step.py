@@ -241,6 +241,27 @@ def slot(step: str) -> str:
     return f"{step}-{key_of({'tracking': tracking_identity()})[:12]}"
 
 
+CHECKPOINT = "a Hugging Face checkpoint"
+ONNX = "an ONNX model that onnxruntime-genai opens"
+
+
+def folder_input(request: Request, store: Store, name: str, before: str, what: str) -> Input:
+    """The folder that a parameter names, or with `auto` what the step before left.
+
+    Args:
+        request, store: where to look.
+        name: the parameter.
+        before: the step that makes such a folder.
+        what: what it has to be, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    if request.is_auto(name):
+        return entry_input(preceding_output(request, store, name, before))
+    return directory_input(name, request.value(name), what)
+
+
 def directory_input(name: str, text: str, what: str) -> Input:
     """A folder that the user named.
 

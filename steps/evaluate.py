@@ -26,11 +26,11 @@ from phi3_mlflow.evaluation.report.build import TEXTS_TAG
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
 from phi3_mlflow.params import AUTO, Request
 from phi3_mlflow.step import (
+    CHECKPOINT,
     Input,
     Step,
     Work,
-    directory_input,
-    entry_input,
+    folder_input,
     preceding_output,
     read_record,
 )
@@ -39,11 +39,7 @@ from phi3_mlflow.tracking import tracking_identity
 
 
 def inputs(request: Request, store: Store) -> dict[str, Input]:
-    if request.is_auto("checkpoint"):
-        reference = entry_input(preceding_output(request, store, "checkpoint", "fetch"))
-    else:
-        text = request.value("checkpoint")
-        reference = directory_input("checkpoint", text, "a Hugging Face checkpoint")
+    reference = folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)
     versions = _versions(request, store)
     champions = [registry.champion_to_beat(version) for version in versions]
     return {

@@ -18,13 +18,12 @@ from phi3_mlflow.errors import UserError
 from phi3_mlflow.params import Request
 from phi3_mlflow.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.step import (
+    CHECKPOINT,
     Input,
     Step,
     Work,
-    directory_input,
-    entry_input,
     figures,
-    preceding_output,
+    folder_input,
 )
 from phi3_mlflow.store import Store
 
@@ -32,11 +31,8 @@ from phi3_mlflow.store import Store
 def inputs(request: Request, store: Store) -> dict[str, Input]:
     if not request.profile.makes_onnx:
         raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
-    if request.is_auto("checkpoint"):
-        before = "quantize" if request.profile.quantizes else "fetch"
-        return {"checkpoint": entry_input(preceding_output(request, store, "checkpoint", before))}
-    text = request.value("checkpoint")
-    return {"checkpoint": directory_input("checkpoint", text, "a Hugging Face checkpoint")}
+    before = "quantize" if request.profile.quantizes else "fetch"
+    return {"checkpoint": folder_input(request, store, "checkpoint", before, CHECKPOINT)}
 
 
 def settings(request: Request) -> dict[str, Any]:

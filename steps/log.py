@@ -20,13 +20,13 @@ from phi3_mlflow.params import Request
 from phi3_mlflow.provenance import content_digest, read_provenance
 from phi3_mlflow.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.step import (
+    CHECKPOINT,
+    ONNX,
     Input,
     Step,
     Work,
-    directory_input,
-    entry_input,
+    folder_input,
     library_versions,
-    preceding_output,
     read_record,
 )
 from phi3_mlflow.store import Entry, Store
@@ -42,15 +42,11 @@ def flavors(request: Request) -> list[str]:
 def inputs(request: Request, store: Store) -> dict[str, Input]:
     found = {}
     for flavor in flavors(request):
+        onnx = flavor == "onnx"
         name, before, what = (
-            ("onnx", "export", "an ONNX model that onnxruntime-genai opens")
-            if flavor == "onnx"
-            else ("checkpoint", "fetch", "a Hugging Face checkpoint")
+            ("onnx", "export", ONNX) if onnx else ("checkpoint", "fetch", CHECKPOINT)
         )
-        if request.is_auto(name):
-            found[name] = entry_input(preceding_output(request, store, name, before))
-        else:
-            found[name] = directory_input(name, request.value(name), what)
+        found[name] = folder_input(request, store, name, before, what)
     return found
 
 

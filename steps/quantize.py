@@ -19,13 +19,12 @@ from phi3_mlflow.manifests import sha256_of_file
 from phi3_mlflow.params import Request
 from phi3_mlflow.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.step import (
+    CHECKPOINT,
     Input,
     Step,
     Work,
-    directory_input,
-    entry_input,
     figures,
-    preceding_output,
+    folder_input,
 )
 from phi3_mlflow.store import Store
 
@@ -42,10 +41,7 @@ def inputs(request: Request, store: Store) -> dict[str, Input]:
             "  mlflow run . -e search\nwhich leaves the best candidate for the steps after it, "
             "or main, which does so by itself."
         )
-    if request.is_auto("checkpoint"):
-        return {"checkpoint": entry_input(preceding_output(request, store, "checkpoint", "fetch"))}
-    text = request.value("checkpoint")
-    return {"checkpoint": directory_input("checkpoint", text, "a Hugging Face checkpoint")}
+    return {"checkpoint": folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)}
 
 
 def settings(request: Request) -> dict[str, Any]:

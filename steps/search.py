@@ -26,12 +26,11 @@ from phi3_mlflow.profiles import Profile
 from phi3_mlflow.quantization.search import Measurement, Ranked, search
 from phi3_mlflow.quantization.settings import QuantizationSettings
 from phi3_mlflow.step import (
+    CHECKPOINT,
     Input,
     Step,
     Work,
-    directory_input,
-    entry_input,
-    preceding_output,
+    folder_input,
 )
 from phi3_mlflow.store import Store
 from steps import export, quantize
@@ -53,10 +52,7 @@ def inputs(request: Request, store: Store) -> dict[str, Input]:
             f"search has nothing to do for flavor {request.profile.flavor} with precision "
             f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
         )
-    if request.is_auto("checkpoint"):
-        return {"checkpoint": entry_input(preceding_output(request, store, "checkpoint", "fetch"))}
-    text = request.value("checkpoint")
-    return {"checkpoint": directory_input("checkpoint", text, "a Hugging Face checkpoint")}
+    return {"checkpoint": folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)}
 
 
 def texts(profile: Profile) -> list[HeldoutText]:
