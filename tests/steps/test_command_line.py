@@ -80,7 +80,6 @@ def test_a_missing_input_names_the_command_that_makes_it(
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("quantize", ("--flavor", "x"), "No such option"),
         ("quantize", ("--algorithm", "x"), "quantization.algorithm = 'x'"),
         ("export", ("--precision", "int3"), "precision = 'int3'"),
         ("log", ("--contract", "prompt", "--flavor", "transformers"), "needs flavor 'onnx'"),
