@@ -229,8 +229,9 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
         ["way", "rows/s", "ratio", "same texts"],
         rows,
         notes=f"{wanted.rows} rows with a system prompt in common, up to {wanted.max_tokens} new "
-        f"tokens, {cores()} cores; loading not counted; best of {rounds} rounds taken in "
-        "turns. Spark: a standalone master on the same machine.",
+        f"tokens, {cores()} cores; loading not counted; the ways take turns, best of {rounds}. "
+        "Measured while other programs used the same two cores, which hurts most where two threads "
+        "wait for each other. Spark: a standalone master on the same machine.",
         extra={"seconds": {way.name: way.seconds for way in ways}},
     )
 
