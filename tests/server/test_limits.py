@@ -138,6 +138,7 @@ def test_time_in_the_queue_counts(gate: Gate) -> None:
         answers = [pool.submit(up.http().post, CHAT, json={"messages": HELLO}) for _ in range(2)]
         assert [answer.result().status_code for answer in answers] == [504, 504]
         assert up.context.desk.admission.waiting == 0
+        gate.open()
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/invocations"])
@@ -158,7 +159,7 @@ def test_a_key_is_asked_for_and_compared() -> None:
         for path in (CHAT, "/v1/completions", "/invocations"):
             assert http.post(path, json={}).status_code == 401
         for wrong in ("x", KEY + "x", KEY[:-1], "ü", ""):
-            headers = {"Authorization": f"Bearer {wrong}".encode()}
+            headers = {b"Authorization": f"Bearer {wrong}".strip().encode()}
             answer = http.get("/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
