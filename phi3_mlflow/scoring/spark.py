@@ -192,7 +192,8 @@ def _check_installation() -> None:
     if importlib.util.find_spec("pyspark") is None:
         raise EnvironmentProblem(
             "engine = 'spark' needs pyspark, which is not installed. Install it:\n"
-            "  python -m pip install -c requirements/constraints.txt -r requirements/spark.txt"
+            "  python -m pip install -c requirements/constraints.txt "
+            "-c requirements/constraints-spark.txt -r requirements/spark.txt"
         )
     home = os.environ.get("JAVA_HOME")
     if not (home and (Path(home) / "bin" / "java").is_file()) and not shutil.which("java"):
