@@ -56,7 +56,18 @@ def command(
         for parameter in parameters
     ]
     help_text = "\b\n" + (manual or "").strip().replace("\n\n", "\n\n\b\n")
-    return click.Command(name, callback=callback, params=list(options), help=help_text)
+    return _Command(name, callback=callback, params=list(options), help=help_text)
+
+
+class _Command(click.Command):
+    """Leaves a summary line when the command line itself is wrong, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError:
+            _summarize(str(self.name), EXIT_BAD_INPUT)
+            raise
 
 
 def step_command(step: Step, manual: str | None) -> click.Command:
