@@ -137,7 +137,11 @@ def model_uri(request: Request) -> str:
             )
         return f"models:/{name}/{champion}"
     if text.startswith("models:/") and not text.startswith("models:/m-"):
-        return registry.find_version(text, name).uri
+        try:
+            return registry.find_version(text, name).uri
+        except UserError as error:
+            told = str(error).replace("parameter: version", "parameter: model_uri")
+            raise UserError(told) from error
     return text
 
 

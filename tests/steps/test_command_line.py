@@ -99,6 +99,11 @@ def test_a_missing_input_names_the_command_that_makes_it(
         ("score", ("--master", "local[2]"), "master is for engine spark only"),
         ("score", ("--engine", "spark", "--master", "here"), "allowed are local[N], spark://"),
         ("score", ("--input", "a.csv", "--output", "b.csv"), "carries the alias champion"),
+        (
+            "score",
+            ("--input", "a.csv", "--output", "b.csv", "--model-uri", "models:/smollm2-135m/7"),
+            "model_uri = 'models:/smollm2-135m/7': smollm2-135m has no version 7; it has: none",
+        ),
         ("main", ("--force", "everything"), "allowed: true, false, all, fetch"),
     ],
 )
