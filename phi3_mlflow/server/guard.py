@@ -74,12 +74,7 @@ class Guard:
         if not self._key:
             # Without a key only this machine may ask, and no web page in a browser on it: a page
             # can give its own name the address 127.0.0.1.
-            host = headers.get("host", "").rsplit(":", 1)[0].strip("[]") or "localhost"
-            try:
-                allowed = is_loopback(host)
-            except ValueError:
-                allowed = False
-            if not allowed:
+            if not _is_this_machine(headers.get("host", "localhost")):
                 raise ApiError(
                     403, "without an API key this server answers as localhost only", "wrong_host"
                 )
@@ -110,6 +105,15 @@ class Guard:
             scope["method"] if scope["method"].isalpha() else "?", door, status, seconds,
             seen["version"], ident,
         )  # fmt: skip
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a Host header, with or without a port, names the loopback."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        return is_loopback(name.lower())
+    except ValueError:
+        return False
 
 
 def log_failure(error: Exception, ident: str, debug: bool) -> None:

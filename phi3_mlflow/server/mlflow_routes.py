@@ -77,7 +77,8 @@ def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
     """Answer as `mlflow models serve` does, with MLflow's own reading and writing of tables.
 
     Raises:
-        ApiError: with the message that MLflow or the model has for it, and nothing else of theirs.
+        ApiError: with what MLflow or the model has to say about the request.
+        Exception: what went wrong in the model.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import scoring_server
@@ -86,38 +87,39 @@ def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
     try:
         done = scoring_server.invocations(body, kind, heard, model.metadata.get_input_schema())
     except MlflowException as error:
-        cause = heard.error or error
-        if heard.error is not None and not isinstance(heard.error, MlflowException):
-            raise heard.error from None
-        status = cause.get_http_status_code() if isinstance(cause, MlflowException) else 400
+        if heard.fault is not None:
+            raise heard.fault from None
+        status = error.get_http_status_code()
         if status >= 500:
-            raise cause from None
-        raise ApiError(status, str(getattr(cause, "message", cause)), "invalid_value") from None
+            raise
+        raise ApiError(status, heard.message or error.message, "invalid_value") from None
     if done.status != 200:
         raise ApiError(done.status, str(done.response), "unsupported_media_type")
     return str(done.response)
 
 
 class _Listening:
-    """A model that remembers what it raised: MLflow's server wraps that in the whole request."""
+    """A model that remembers what it said: MLflow's server wraps that in the whole request.
+
+    Attributes:
+        message: what it had to say about the request, before it was wrapped.
+        fault: an exception that is no statement about the request.
+    """
 
     def __init__(self, model: PyFuncModel) -> None:
         self._model = model
         self.metadata = model.metadata
-        self.error: Exception | None = None
+        self.message = ""
+        self.fault: Exception | None = None
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> Any:
+        from mlflow.exceptions import MlflowException
+
         try:
             return self._model.predict(data, params=params)
+        except MlflowException as error:
+            self.message = str(error.message)
+            raise
         except Exception as error:
-            self.error = error
-            message = getattr(error, "message", None)
-            if isinstance(message, str):
-                # It is wrapped in place.
-                from mlflow.exceptions import MlflowException
-
-                code = getattr(error, "error_code", "INTERNAL_ERROR")
-                from mlflow.protos.databricks_pb2 import ErrorCode
-
-                self.error = MlflowException(message, error_code=ErrorCode.Value(code))
+            self.fault = error
             raise

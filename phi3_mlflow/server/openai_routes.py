@@ -67,6 +67,8 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
     said: list[str] = []
 
     def done(figures: Figures) -> None:
+        if figures.outcome == "rejected":  # a full queue is no time to write traces
+            return
         context.tracer.write(
             request.url.path, loaded.name, figures, row, "".join(said) if said else None
         )

@@ -180,6 +180,7 @@ def test_without_a_key_a_web_page_cannot_ask() -> None:
         for host, status in (
             ("evil.example", 403), (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403),
             (f"localhost:{port}", 200), (f"127.0.0.1:{port}", 200), (f"[::1]:{port}", 200),
+            ("LOCALHOST", 200), ("127.0.0.1", 200), ("[::1]", 200), ("[evil]", 403), ("", 403),
         ):  # fmt: skip
             assert http.get("/v1/models", headers={"Host": host}).status_code == status, host
 
