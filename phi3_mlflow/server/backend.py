@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
 
 LIVE_INTERFACE = 1  # of `serving/live.py`, the version spoken here
+_AS_GOOD_AS_GREEDY = 1e-4
 _ANY_CONTEXT = 1 << 20  # such a model does not say how long its context is
 
 
@@ -117,8 +118,10 @@ class MlflowChat:
         asked: dict[str, Any] = {"messages": wanted.messages, "stop": wanted.stop}
         if wanted.max_tokens is not None:
             asked["max_tokens"] = wanted.max_tokens
-        if sampling.temperature:  # MLflow's wrapper refuses 0, and is greedy without
-            asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        # MLflow's wrapper refuses 0 and samples without a word on it.
+        asked["temperature"] = sampling.temperature or _AS_GOOD_AS_GREEDY
+        if sampling.temperature:
+            asked["top_p"] = sampling.top_p
         return asked
 
     def begin(self, wanted: dict[str, Any]) -> _MlflowReply:

@@ -77,6 +77,9 @@ class Exchange:
 
     Args:
         done: called in the event loop with the figures when all is over.
+
+    Attributes:
+        said: the texts of an answer so far.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Exchange:
         self._loaded = loaded
         self._done = done
         self._finished = False
+        self.said: list[str] = []
         self._began = time.perf_counter()
         self._left = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -237,6 +241,7 @@ class Exchange:
             try:
                 for part in parts:
                     self._count(reply, part)
+                    self.said.append(part.text)
                     hand_over(part)
             finally:
                 close = getattr(parts, "close", None)

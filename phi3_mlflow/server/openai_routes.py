@@ -64,14 +64,11 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
         )  # fmt: skip
     row = asked.row()
     wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
-    said: list[str] = []
 
     def done(figures: Figures) -> None:
         if figures.outcome == "rejected":  # a full queue is no time to write traces
             return
-        context.tracer.write(
-            request.url.path, loaded.name, figures, row, "".join(said) if said else None
-        )
+        context.tracer.write(request.url.path, loaded.name, figures, row, "".join(exchange.said))
 
     exchange = Exchange(context.desk, request, loaded, done)
     try:
@@ -80,11 +77,11 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
         reply = await anext(results)  # or the error of a prompt that does not fit
         answer = Answer(kind, loaded.name, bool(row.get("logprobs")))
         if asked.streamed:
-            events = _events(context, exchange, results, reply, answer, asked.with_usage, said)
+            events = _events(context, exchange, results, reply, answer, asked.with_usage)
             return StreamingResponse(
                 events, headers=_STREAM_HEADERS | version_of(loaded), media_type="text/event-stream"
             )
-        whole = await _whole(results, reply, answer, said)
+        whole = await _whole(results, reply, answer)
     except ClientLeft:
         exchange.close()
         return Response(status_code=499)
@@ -94,15 +91,12 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
     return JSONResponse(whole, headers=version_of(loaded))
 
 
-async def _whole(
-    results: AsyncIterator[Any], reply: Any, answer: Answer, said: list[str]
-) -> dict[str, Any]:
+async def _whole(results: AsyncIterator[Any], reply: Any, answer: Answer) -> dict[str, Any]:
     choices: list[tuple[str, str, list[dict[str, Any]]]] = []
     texts: list[str] = []
     chances: list[dict[str, Any]] = []
     async for part in results:
         texts.append(part.text)
-        said.append(part.text)
         chances += part.chances
         if part.finish_reason:
             choices.append(("".join(texts), part.finish_reason, chances))
@@ -117,7 +111,6 @@ async def _events(
     reply: Any,
     answer: Answer,
     with_usage: bool,
-    said: list[str],
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events."""
     begun = -1
@@ -130,7 +123,6 @@ async def _events(
             if part.finish_reason:
                 yield _event(answer.end(part.index, part.finish_reason, part.chances))
             else:
-                said.append(part.text)
                 yield _event(answer.piece(part.index, part.text, part.chances))
         if with_usage:
             yield _event(answer.usage(reply.prompt_tokens, reply.tokens))

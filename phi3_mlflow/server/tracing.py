@@ -39,7 +39,7 @@ class Tracer:
         return self._trace == "full"
 
     def write(
-        self, name: str, model: str, figures: Figures, request: dict[str, Any], answer: str | None
+        self, name: str, model: str, figures: Figures, request: dict[str, Any], answer: str
     ) -> None:
         """Write a request that has just ended.
 

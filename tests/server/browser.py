@@ -50,7 +50,10 @@ class Page:
         """Wait until an expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.look(expression)):
-            assert time.monotonic() < end, f"{expression} did not come true; {self.complaints()}"
+            assert time.monotonic() < end, (
+                f"{expression} did not come true; {self.complaints()}\n"
+                + str(self.look("document.body.innerText"))
+            )
             time.sleep(0.05)
         return value
 
@@ -59,7 +62,9 @@ class Page:
         found = []
         for event in self.events:
             if event["method"] == "Log.entryAdded":
-                found.append(event["params"]["entry"]["text"])
+                entry = event["params"]["entry"]
+                if entry["level"] in ("warning", "error"):
+                    found.append(entry["text"])
             elif event["method"] == "Runtime.exceptionThrown":
                 found.append(str(event["params"]["exceptionDetails"]))
         return found

@@ -26,6 +26,8 @@ SCHEMA = {
     "properties": {"yes": {"type": "boolean"}, "mark": {"enum": ["a", "b"]}},
     "required": ["yes", "mark"],
     "additionalProperties": False,
+    # A model of random weights would write white space to its limit.
+    "x-guidance": {"whitespace_flexible": False},
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 

@@ -97,7 +97,7 @@ def test_errors_and_the_key_are_asked_for(page: Page) -> None:
         wrong = page.wait("document.querySelector('article.wrong p')?.textContent")
         assert "context" in wrong
         _ask(page, "short")
-        page.wait("document.querySelector('article small')")
+        page.wait("document.querySelector('article small') !== null")
         assert page.look(SAID) == "Fine."
 
 
