@@ -2,8 +2,8 @@
 
 ``conda.yaml`` holds every direct dependency of the running project, and nothing else does;
 ``requirements/dev.txt``, ``gptq.txt`` and ``spark.txt`` add to it. Each has its closure beside it
-as a constraints file. Setting up ``.venv`` happens before PyYAML is there, so ``conda.yaml`` is read
-line by line; ``tests/project/test_environment.py`` holds this reading against YAML's.
+as a constraints file. Setting up ``.venv`` happens before PyYAML is there, so ``conda.yaml`` is
+read line by line; ``tests/project/test_environment.py`` holds this reading against YAML's.
 """
 
 from __future__ import annotations
