@@ -80,8 +80,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     # MLflow leaves the experiment that was chosen last here, which another store does not know.
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
+    # What another test has set in this process would go before the environment.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    mlflow.set_tracking_uri(place.tracking_uri)
+    mlflow.set_registry_uri("")
     yield place
     mlflow.set_tracking_uri(before)
 
