@@ -12,7 +12,7 @@ from .sampling import Sampler
 
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
-LEAST_PIECE = 16
+LEAST_PIECE = 48
 
 
 class Session(Protocol):
