@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from phi3_mlflow.errors import EnvironmentProblem, ProjectError
 from phi3_mlflow.params import Request
 from phi3_mlflow.resources import ResourceMeter
-from phi3_mlflow.store import Entry
+from phi3_mlflow.store import Entry, Store, key_of
 
 if TYPE_CHECKING:
     import mlflow
@@ -316,7 +316,10 @@ def connect() -> str:
     try:
         mlflow.set_tracking_uri(uri)
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
-            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
+            # MLflow lets two processes make the tables of one new database at the same time, and
+            # one of them fails.
+            with Store().locked("tracking", key_of({"tracking": tracking_identity()})):
+                mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
     except MlflowException as error:
         raise EnvironmentProblem(
             f"MLflow's tracking store {uri} cannot be used: {error}\n"
