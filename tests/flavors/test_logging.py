@@ -26,6 +26,7 @@ from mlflow.types.llm import (
 
 from phi3_mlflow.errors import UserError
 from phi3_mlflow.flavors.onnx import log_onnx
+from phi3_mlflow.flavors.serving.engine import LEAST_PIECE
 from phi3_mlflow.flavors.packing import requirements
 from phi3_mlflow.flavors.transformers import log_transformers
 
@@ -223,7 +224,8 @@ def test_a_second_turn_computes_only_what_is_new(onnx_model: PyFuncModel) -> Non
     session, reused = answerer.prefixes.take(tokens, 10)
     answerer.prefixes.give_back(session, tokens[:reused])
     history = first["usage"]["prompt_tokens"] - 1  # the tag that asked for the first answer
-    assert reused == history
+    # What is left of a turn is a piece of its own only when it is long enough to pay.
+    assert history - LEAST_PIECE < reused <= history
 
 
 def test_memory_of_prefixes_is_bounded(onnx_info: Any) -> None:
