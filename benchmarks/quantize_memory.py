@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="a directory for the outputs")
     parser.add_argument("--algorithms", default="rtn,k_quant_mixed")
+    parser.add_argument("--calibration-tokens", type=int, default=16384, help="of gptq")
     parser.add_argument("--limit-gb", type=float, default=20.0)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--name", default="quantize_memory", help="of the result file")
@@ -104,13 +106,18 @@ def main() -> None:
 
     for algorithm in args.algorithms.split(","):
         int4, onnx = args.work / f"{algorithm}-int4", args.work / f"{algorithm}-onnx"
-        settings = {"algorithm": algorithm}
+        settings: dict[str, Any] = {"algorithm": algorithm}
+        what = algorithm
+        if algorithm == "gptq":
+            settings["calibration"] = str(ROOT / "data" / "calibration.jsonl")
+            settings["calibration_tokens"] = args.calibration_tokens
+            what = f"gptq, {args.calibration_tokens:,} calibration tokens"
         if step(
-            f"quantize, {algorithm}",
+            f"quantize, {what}",
             _QUANTIZE.format(settings=settings, source=source, out=str(int4)),
             int4,
         ):
-            step(f"export, {algorithm}", _EXPORT.format(source=str(int4), out=str(onnx)), onnx)
+            step(f"export, {what}", _EXPORT.format(source=str(int4), out=str(onnx)), onnx)
         if args.stock and algorithm == args.algorithms.split(",")[0]:
             out = args.work / "stock"
             code = _STOCK.format(source=str(int4), out=str(out), options=["accuracy_level=4"])

@@ -1,7 +1,7 @@
 """Quality against size on the embedded default: algorithm by algorithm, on held-out text.
 
     python benchmarks/quantize_quality.py CHECKPOINT --work /tmp/quality
-    python benchmarks/quantize_quality.py CHECKPOINT --work /tmp/quality --only rtn,k_quant
+    python benchmarks/quantize_quality.py CHECKPOINT --work /tmp/quality --only "rtn;k_quant"
 
 CHECKPOINT is the full-precision checkpoint (`mlflow run . -e fetch` leaves one). Divergence,
 perplexity and top-1 agreement are over `data/heldout.jsonl`, which no calibration text shares;
@@ -20,35 +20,24 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-_CALIBRATED = {
-    "algorithm": "gptq",
-    "calibration": "data/calibration.jsonl",
-    "calibration_tokens": 32768,
-}
-_LAYOUT = {
-    "int8_projections": ["qkv_proj", "down_proj"],
-    "mixed_layers": "all",
-    "int8_block_size": 64,
-    "block_sizes": {"gate_up_proj": 64, "down_proj": 128},
-}
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "rtn": {"algorithm": "rtn"},
-    "k_quant": {"algorithm": "k_quant"},
-    "gptq": dict(_CALIBRATED),
-    "k_quant_mixed": {"algorithm": "k_quant_mixed"},
-    "k_quant_mixed, all layers": {"algorithm": "k_quant_mixed", **_LAYOUT},
-    "gptq, all layers mixed": {**_CALIBRATED, **_LAYOUT},
-    "gptq, all layers mixed, drift corrected": {
-        **_CALIBRATED,
-        **_LAYOUT,
-        "drift_correction": 1.0,
-    },
-}
+if TYPE_CHECKING:
+    from phi3_mlflow.quantization.settings import QuantizationSettings
+
+# What the profile's own candidates leave out.
+_DRIFT = "gptq mixed, drift corrected"
+
+
+def candidates() -> dict[str, QuantizationSettings]:
+    """Those of the embedded default's profile, and its best with drift correction."""
+    from phi3_mlflow.profiles import load_profile
+
+    found = load_profile("smollm2-135m").search.candidates
+    return {**found, _DRIFT: found["gptq mixed"].model_copy(update={"drift_correction": 1.0})}
 
 
 def main() -> None:
@@ -61,7 +50,6 @@ def main() -> None:
     from phi3_mlflow.genai.check import check_export
     from phi3_mlflow.genai.export import export_onnx
     from phi3_mlflow.quantization.quantize import quantize_checkpoint
-    from phi3_mlflow.quantization.settings import QuantizationSettings
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,18 +60,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the quick texts only")
     parser.add_argument("--window", type=int, default=512)
     args = parser.parse_args()
-    chosen = args.only.split(";") if args.only else list(CANDIDATES)
+    chosen = candidates()
+    if args.only:
+        chosen = {name: chosen[name] for name in args.only.split(";")}
     lines = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("quick") or not args.quick]
     texts = tokenize(args.checkpoint, [(row["id"], row["text"]) for row in rows])
     reference = TorchLogits(args.checkpoint)
     table: list[list[str | int | float | bool | None]] = []
-    for name in chosen:
-        values = dict(CANDIDATES[name])
-        if "calibration" in values:
-            values["calibration"] = ROOT / values["calibration"]
-        settings = QuantizationSettings.model_validate(values)
+    for name, settings in chosen.items():
         int4, onnx = args.work / "int4", args.work / "onnx"
         started = time.monotonic()
         quantize_checkpoint(args.checkpoint, int4, settings)
@@ -113,10 +99,16 @@ def main() -> None:
         notes=(
             f"{len(texts)} held-out texts, {int(found['scored_tokens']):,} tokens; full precision "
             f"has perplexity {found['perplexity_reference']:.2f}. MB is 10^6 bytes of "
-            "model.onnx.data. 'All layers mixed': head, qkv_proj and down_proj in int8 "
-            "(blocks of 64 and 128), gate_up_proj in int4 with blocks of 64, o_proj with 32."
+            "model.onnx.data. 'k_quant_mixed all layers' and 'gptq mixed': head, qkv_proj and "
+            "down_proj in int8 (blocks of 64 and 128), gate_up_proj in int4 with blocks of 64, "
+            "o_proj with 32."
         ),
-        extra={"settings": {name: CANDIDATES[name] for name in chosen}},
+        extra={
+            "settings": {
+                name: settings.model_dump(mode="json", exclude={"calibration"})
+                for name, settings in chosen.items()
+            }
+        },
     )
 
 
