@@ -6,7 +6,8 @@
 Every way answers the same questions greedily and has to give the same texts. Loading is not
 counted: each way is given a first batch of its own, and the clock runs from its end. The ways take
 turns, best of the rounds. Spark is a standalone master with one and with two workers on loopback.
-`--batched` also measures onnxruntime-genai's own batch of 8, which gives other texts (see notes).
+"In turns" is `batch=1`, a row after the other as in `predict`; else each worker computes 8 rows
+together, which has to give the same texts whatever engine and however many workers do it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from phi3_mlflow.scoring.score import Engine, inspect
 from phi3_mlflow.scoring.spark import SparkEngine
 from phi3_mlflow.scoring.worker import Ask
 
-BATCH = 4
+TOGETHER = 8
+BATCH = 16
 TOPICS = (
     "the capital of France", "three colours", "photosynthesis", "rain in autumn", "the number 84",
     "Hamlet", "red fruits", "the tides", "a good breakfast", "how bees find flowers",
@@ -46,10 +48,16 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 class Measured:
-    """One way: its texts, and the seconds of the fastest round."""
+    """One way: its texts, and the seconds of the fastest round.
 
-    def __init__(self, name: str, run: Callable[[], tuple[float, list[str]]]) -> None:
-        self.name, self._run = name, run
+    Args:
+        like: the way whose texts it has to give; None: its own.
+    """
+
+    def __init__(
+        self, name: str, run: Callable[[], tuple[float, list[str]]], like: Measured | None = None
+    ) -> None:
+        self.name, self._run, self.like = name, run, like or self
         self.seconds, self.texts = float("inf"), [""]
 
     def round(self) -> None:
@@ -101,69 +109,13 @@ def by_predict(model: Any, asked: list[dict[str, Any]], limit: int) -> Any:
     return run
 
 
-def by_batch(folder: Path, asked: list[dict[str, Any]], limit: int, size: int = 8) -> Any:
-    """onnxruntime-genai's own batches: one padded generator for several rows."""
-    import numpy as np
-    import onnxruntime_genai as og
-
-    config = og.Config(str(folder))
-    config.overlay(
-        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": cores()}}}})
-    )
-    model = og.Model(config)
-    tokenizer = og.Tokenizer(model)
-    about = json.loads((folder / "genai_config.json").read_text())["model"]
-    ends = about["eos_token_id"]
-    ends = set(ends if isinstance(ends, list) else [ends])
-
-    def answer(group: list[dict[str, Any]]) -> list[str]:
-        prompts = [
-            tokenizer.encode(
-                tokenizer.apply_chat_template(
-                    json.dumps(request["messages"]), add_generation_prompt=True
-                )
-            )
-            for request in group
-        ]
-        longest = max(map(len, prompts))
-        rows = np.full((len(group), longest), about["pad_token_id"], dtype=np.int32)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=longest + limit, batch_size=len(group))
-        generator = og.Generator(model, params)
-        generator.append_tokens(rows)
-        made: list[list[int]] = [[] for _ in group]
-        ended = [False] * len(group)
-        for _ in range(limit):
-            if generator.is_done() or all(ended):
-                break
-            generator.generate_next_token()
-            for at, token in enumerate(generator.get_next_tokens()):
-                ended[at] = ended[at] or int(token) in ends
-                if not ended[at]:
-                    made[at].append(int(token))
-        return [tokenizer.decode(np.asarray(tokens, dtype=np.int32)) for tokens in made]
-
-    def run() -> tuple[float, list[str]]:
-        answer(asked[:size])
-        started = time.perf_counter()
-        texts = [
-            text for at in range(0, len(asked), size) for text in answer(asked[at : at + size])
-        ]
-        return time.perf_counter() - started, texts
-
-    return run
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--onnx", type=Path, required=True, help="what the export step made")
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-spark", action="store_true")
-    parser.add_argument("--batched", action="store_true")
     return parser.parse_args()
 
 
@@ -180,37 +132,43 @@ def main() -> None:
         options = {"max_tokens": wanted.max_tokens}
         path = str(inspect(uri).path)
 
-        def ask(threads: int) -> Ask:
-            return Ask(path, threads, prompts=False, seeded=True, options=options, seed=1)
+        def ask(threads: int, batch: int) -> Ask:
+            return Ask(
+                path, threads, prompts=False, seeded=True, options=options, seed=1, batch=batch
+            )
 
-        def local(workers: int) -> Any:
-            threads = max(1, cores() // workers)
-            return by_engine(lambda: LocalEngine(ask(threads), workers), asked, workers)
+        def local(workers: int, batch: int = TOGETHER) -> Any:
+            mine = ask(max(1, cores() // workers), batch)
+            return by_engine(lambda: LocalEngine(mine, workers), asked, workers)
 
         def spark(workers: int) -> Any:
             def run() -> tuple[float, list[str]]:
                 place = Path(tempfile.mkdtemp(dir=folder))
                 with standalone(place, workers) as master:
                     # Twice the workers: both tasks could come to the one that is up first.
-                    engine = by_engine(lambda: SparkEngine(ask(1), master), asked, 2 * workers)
+                    engine = by_engine(
+                        lambda: SparkEngine(ask(1, TOGETHER), master), asked, 2 * workers
+                    )
                     return engine()
 
             return run
 
-        alone = mlflow.pyfunc.load_model(uri, model_config={"prefix_cache_mb": 0})
-        run_alone = by_predict(alone, asked, wanted.max_tokens)
         kept = mlflow.pyfunc.load_model(uri)
+        predict = Measured("predict row by row", by_predict(kept, asked, wanted.max_tokens))
+        one = Measured("score, local, 1 worker", local(1))
         ways = [
-            Measured("predict, nothing kept", run_alone),
-            Measured("predict row by row", by_predict(kept, asked, wanted.max_tokens)),
-            Measured("score, local, 1 worker", local(1)),
-            Measured("score, local, 2 workers", local(2)),
+            predict,
+            *(
+                Measured(f"score, local, {n} worker{'s'[: n - 1]}, in turns", local(n, 1), predict)
+                for n in (1, 2)
+            ),
+            one,
+            Measured("score, local, 2 workers", local(2), one),
         ]
-        if wanted.batched:
-            run = by_batch(wanted.onnx, asked, wanted.max_tokens)
-            ways.append(Measured("bare batches of 8 (other texts)", run))
         if not wanted.no_spark:
-            ways += [Measured(f"score, Spark, {n} worker{'s'[: n - 1]}", spark(n)) for n in (1, 2)]
+            ways += [
+                Measured(f"score, Spark, {n} worker{'s'[: n - 1]}", spark(n), one) for n in (1, 2)
+            ]
         for done in range(1, wanted.rounds + 1):
             for way in ways:
                 way.round()
@@ -221,7 +179,7 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
     base = next(way for way in ways if way.name == "predict row by row")
     rows = []
     for way in ways:
-        same = sum(one == other for one, other in zip(way.texts, base.texts, strict=True))
+        same = sum(one == other for one, other in zip(way.texts, way.like.texts, strict=True))
         rows.append([way.name, wanted.rows / way.seconds, base.seconds / way.seconds, same])
     write_result(
         "score_throughput",
@@ -230,8 +188,9 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
         rows,
         notes=f"{wanted.rows} rows with a system prompt in common, up to {wanted.max_tokens} new "
         f"tokens, {cores()} cores; loading not counted; the ways take turns, best of {rounds}. "
-        "Measured while other programs used the same two cores, which hurts most where two threads "
-        "wait for each other. Spark: a standalone master on the same machine.",
+        f"Workers compute {TOGETHER} rows together, or one after the other (in turns). 'Same texts': "
+        "as predict for those in turns, as one worker for the others. Spark: a standalone master on "
+        "the same machine.",
         extra={"seconds": {way.name: way.seconds for way in ways}},
     )
 

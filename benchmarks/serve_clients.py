@@ -120,6 +120,8 @@ def main() -> None:
     with registered(arguments.onnx) as environment:
         with server(ours("--running", "8"), environment, "/ping") as served:
             rows += rows_of("serve (this project)", served, arguments, True)
+        with server(ours("--running", "8", "--batch", "1"), environment, "/ping") as served:
+            rows += rows_of("serve, in turns (batch=1)", served, arguments, True)
         if not arguments.only_ours:
             command = ["mlflow", "models", "serve", "-m", "models:/served@champion", "-p", "{port}"]
             command += ["--env-manager", "local"]

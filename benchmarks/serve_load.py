@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=12)
     arguments = parser.parse_args()
-    command = ours("--running", "4", "--waiting", "6", "--quiet", "true")
+    command = ours("--running", "6", "--waiting", "4", "--quiet", "true")
     with (
         registered(arguments.onnx, prefix_cache_mb=CACHE_MB) as environment,
         server(command, environment, "/ping") as served,

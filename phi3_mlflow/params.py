@@ -82,7 +82,9 @@ _ALL = (
     Parameter("host", "serve: address to listen on; any but this machine's own needs an API key",
               "127.0.0.1"),
     Parameter("port", "serve: port to listen on; 0 takes a free one", "8000"),
-    Parameter("running", "serve: requests answered at the same time, in turns", "4"),
+    Parameter("running", "serve: requests answered at the same time", "8"),
+    Parameter("batch", "requests or rows computed together; 1: in turns, as predict computes them; "
+              "auto: serve as many as `running`, score 8"),
     Parameter("waiting", "serve: requests that may wait; more are told to come again (429)", "32"),
     Parameter("request_limit_s", "serve: seconds a request may take, its wait included", "300"),
     Parameter("body_limit_kb", "serve: kilobytes that a request may have", "1000"),

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from mlflow.data.dataset import Dataset
 
 PARAMETERS = (
-    "profile", "input", "output", "model_uri", "engine", "master", "workers", "batch_size",
+    "profile", "input", "output", "model_uri", "engine", "master", "workers", "batch_size", "batch",
     "max_tokens", "temperature", "top_p", "seed", "force", "quiet",
 )  # fmt: skip
 CHOICES = {"force": ("true", "false")}
 _BATCH_SIZE = 16
+_BATCH = 8
 
 
 def main(request: Request) -> None:
@@ -57,6 +58,7 @@ def read_settings(request: Request) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "workers": _number(request, "workers", int, 1, 1024, problems),
         "batch_size": _number(request, "batch_size", int, 1, 100_000, problems),
+        "batch": _number(request, "batch", int, 1, 64, problems),
         "max_tokens": _number(request, "max_tokens", int, 1, 2**31 - 1, problems),
         "temperature": _number(request, "temperature", float, 0, 2, problems),
         "top_p": _number(request, "top_p", float, 0, 1, problems),
@@ -114,6 +116,7 @@ def make_order(request: Request, settings: dict[str, Any]) -> Order:
         master=settings["master"],
         workers=settings["workers"],
         batch_size=settings["batch_size"] or _BATCH_SIZE,
+        batch=settings["batch"] or _BATCH,
         force=request.flag("force"),
     )
 
@@ -151,7 +154,7 @@ def log_order(order: Order) -> None:
     values = {
         "input": order.input, "output": order.output, "model_uri": order.model_uri,
         "engine": order.engine, "master": order.master, "workers": order.workers,
-        "batch_size": order.batch_size, "seed": order.seed, **order.options,
+        "batch_size": order.batch_size, "batch": order.batch, "seed": order.seed, **order.options,
     }  # fmt: skip
     given = {f"resolved.{k}": str(v) for k, v in values.items() if v is not None}
     mlflow.log_params(given)

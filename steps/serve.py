@@ -22,8 +22,8 @@ from phi3_mlflow.server.settings import Settings
 from phi3_mlflow.tracking import summary_line
 
 PARAMETERS = (
-    "profile", "model_uri", "host", "port", "running", "waiting", "request_limit_s",
-    "body_limit_kb", "trace", "quiet",
+    "profile", "model_uri", "host", "port", "running", "batch", "waiting",
+    "request_limit_s", "body_limit_kb", "trace", "quiet",
 )  # fmt: skip
 
 
@@ -47,12 +47,16 @@ def serve(uri: str, settings: Settings) -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from phi3_mlflow import registry
     from phi3_mlflow.server.app import create_app
-    from phi3_mlflow.server.holder import Holder, resolve
+    from phi3_mlflow.server.holder import Holder, load, resolve
     from phi3_mlflow.server.run import run
 
     client = registry.client()
     console.say(f"Loading {uri} ...")
-    holder = Holder(lambda: resolve(uri, client), follow_s=settings.follow_s)
+    holder = Holder(
+        lambda: resolve(uri, client),
+        lambda target: load(target, settings.batch),
+        follow_s=settings.follow_s,
+    )
     app = create_app(settings, holder, uri)
 
     def ready(address: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -18,6 +19,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Nothing here may depend on what the developer's own environment points to.
 for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
+
+# How long drawing an example takes says something about the machine, not about the code.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +59,15 @@ class Workspace:
         own = {"PATH": path, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
         return {**kept, **own, **self.environment}
 
+    def enter(self, patch: pytest.MonkeyPatch) -> None:
+        """Make this process work here, as a program that is started here would."""
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+        # MLflow leaves the experiment that was chosen last here, which another store does not know.
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        patch.delenv("MLFLOW_EXPERIMENT_ID")
+        patch.chdir(self.folder)
+
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program of this environment; MLflow's artifacts land in this folder."""
         return subprocess.run(
@@ -75,13 +89,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     import mlflow
 
     place = Workspace(tmp_path)
-    for name, value in place.environment.items():
-        monkeypatch.setenv(name, value)
-    # MLflow leaves the experiment that was chosen last here, which another store does not know.
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    place.enter(monkeypatch)
     monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
     # What another test has set in this process would go before the environment.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
@@ -99,11 +108,7 @@ def own_store(folder: Path) -> Iterator[Workspace]:
     place = Workspace(folder)
     before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in place.environment.items():
-            patch.setenv(name, value)
-        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
-        patch.delenv("MLFLOW_EXPERIMENT_ID")
-        patch.chdir(folder)
+        place.enter(patch)
         yield place
     mlflow.set_tracking_uri(before)
 

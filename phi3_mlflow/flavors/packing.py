@@ -103,7 +103,7 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a value is unknown or of the wrong kind.
     """
-    from phi3_mlflow.flavors.serving.front import Config
+    from phi3_mlflow.flavors.serving.answerer import Config
 
     try:
         return asdict(Config.read(values))

@@ -8,6 +8,7 @@ done in the order of the computation: qkv_proj, o_proj, gate_up_proj, down_proj.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def quantize_calibrated(
     Raises:
         UserError: the calibration file cannot be used.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), _threads(settings.threads):
         states = _embed(reader, calibration_sequences(checkpoint, settings))
         model = _Layers(checkpoint, reader)
         if settings.drift_correction:
@@ -71,6 +72,17 @@ def quantize_calibrated(
                     written += write_linear(writer, step, done.pop(step.name))
                     meter.advance(reader.entry(step.source).nbytes)
         return written
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads, whatever the machine and its environment say: sums are cut up by them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _by_layer(plan: Plan) -> Iterator[tuple[int | None, list[LinearPlan | CopyPlan]]]:

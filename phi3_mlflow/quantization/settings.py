@@ -46,6 +46,8 @@ class QuantizationSettings(BaseModel):
         drift_correction: with `gptq`, the share of the drift between the quantized and the full
             model's states that every matrix is adapted to make good; 0 carries no second set of
             states and takes half the time.
+        threads: processor threads of `gptq` (streaming). The last bits of its sums depend on it, so
+            it is a setting and not the machine's number of cores.
         backend: who runs `gptq`: `streaming` is this project's, a layer in memory at a time;
             `optimum` is optimum.gptq, which holds the whole model and needs gptqmodel.
     """
@@ -67,6 +69,7 @@ class QuantizationSettings(BaseModel):
     calibration_length: int = Field(default=512, ge=32, le=8192)
     damping: float = Field(default=0.01, gt=0, lt=1)
     drift_correction: float = Field(default=0.0, ge=0, le=1)
+    threads: int = Field(default=2, ge=1, le=256)
     backend: Literal["streaming", "optimum"] = "streaming"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A model in a worker process: loaded once, asked row after row.
+"""A model in a worker process: loaded once, asked batch after batch.
 
 Both engines run this, Spark's in the Python processes of its executors, which need not have more
 than the model's own requirements.
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Ask:
     Attributes:
         model: a folder with an MLmodel file.
         threads: processor threads of one worker.
+        batch: rows that one worker computes together, if the model can.
         prompts: the model takes a literal prompt instead of messages.
         seeded: the model takes a seed.
         options: `max_tokens`, `temperature`, `top_p`, as far as they were given.
@@ -38,6 +40,7 @@ class Ask:
     seeded: bool
     options: dict[str, Any]
     seed: int
+    batch: int = 1
 
 
 class Scorer:
@@ -52,7 +55,9 @@ class Scorer:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         self._ask = ask
-        self._model = mlflow.pyfunc.load_model(ask.model, model_config={"threads": ask.threads})
+        config = {"threads": ask.threads, "batch": ask.batch}
+        self._model = mlflow.pyfunc.load_model(ask.model, model_config=config)
+        self.together = _together(self._model)
 
     def answer(self, index: int, request: dict[str, Any]) -> Values:
         """The result of one row; whatever goes wrong with it is its error."""
@@ -79,6 +84,14 @@ class Scorer:
             usage.get("completion_tokens"),
             None,
         ]
+
+
+def _together(model: Any) -> int:
+    """How many rows a model computes at once."""
+    try:
+        return int(model.unwrap_python_model().live().together)
+    except Exception:  # not a model of this project, or one from before there were batches
+        return 1
 
 
 def row_seed(seed: int, index: int) -> int:
@@ -113,4 +126,11 @@ def score(ask: Ask, batch: Sequence[tuple[int, str]]) -> tuple[list[Values], boo
         Each row's values, and whether the model was loaded for it.
     """
     model, fresh = scorer(ask)
-    return [model.answer(index, json.loads(request)) for index, request in batch], fresh
+
+    def answer(row: tuple[int, str]) -> Values:
+        return model.answer(row[0], json.loads(row[1]))
+
+    if model.together == 1:
+        return [answer(row) for row in batch], fresh
+    with ThreadPoolExecutor(model.together) as threads:
+        return list(threads.map(answer, batch)), fresh

@@ -49,6 +49,9 @@ class Reply(Protocol):
 class Backend(Protocol):
     """What the server asks of a model; every method may be called from several threads."""
 
+    together: int
+    """Requests that are worth asking at the same time."""
+
     def parse(self, row: Mapping[str, Any], contract: str = "chat") -> Any:
         """Check a request of the contract `chat` or `prompt`; errors carry `problems`."""
 
@@ -88,6 +91,8 @@ class _Piece:
 
 class MlflowChat:
     """A pyfunc model that knows MLflow's chat schema and nothing more, one request at a time."""
+
+    together = 1
 
     def __init__(self, model: PyFuncModel) -> None:
         self._model = model

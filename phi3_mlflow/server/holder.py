@@ -89,8 +89,11 @@ def resolve(uri: str, client: Any = None) -> Target:
     return Target(name, version, f"models:/{name}/{version}")
 
 
-def load(target: Target) -> Loaded:
+def load(target: Target, batch: int = 1) -> Loaded:
     """Load a model.
+
+    Args:
+        batch: how many requests it computes together, if it can.
 
     Raises:
         UserError, EnvironmentProblem: it cannot be loaded, and why.
@@ -99,12 +102,20 @@ def load(target: Target) -> Loaded:
     from mlflow.exceptions import MlflowException
 
     try:
-        model = mlflow.pyfunc.load_model(target.uri)
+        model = mlflow.pyfunc.load_model(target.uri, model_config=_config(target.uri, batch))
     except MlflowException as error:
         raise UserError(f"model_uri: {target.uri} cannot be loaded: {error.message}") from error
     except (OSError, ImportError) as error:
         raise EnvironmentProblem(f"{target.uri} cannot be loaded here: {error}") from error
     return Loaded(target, model, backend_of(model), time.time())
+
+
+def _config(uri: str, batch: int) -> dict[str, Any] | None:
+    """`model_config` to load a model with: MLflow warns of values that it was not logged with."""
+    import mlflow
+
+    logged = mlflow.models.get_model_info(uri).flavors.get("python_function", {})
+    return {"batch": batch} if "batch" in (logged.get("config") or {}) else None
 
 
 class Holder:

@@ -24,7 +24,8 @@ class Settings:
 
     Attributes:
         host, port: where it listens; port 0 takes any free one.
-        running: requests that are answered at the same time, taking turns at the processor.
+        running: requests that are answered at the same time.
+        batch: of these, how many are computed together, if the model can; 1: they take turns.
         waiting: requests that may wait for their beginning; more are answered with 429.
         limit_s: seconds a request may take, its wait included.
         body_limit: bytes of a request's body.
@@ -36,7 +37,8 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    running: int = 4
+    running: int = 8
+    batch: int = 8
     waiting: int = 32
     limit_s: float = 300.0
     body_limit: int = 1_000_000
@@ -88,10 +90,13 @@ class Settings:
                 f"{KEY_VARIABLE}: at least {LEAST_KEY_LENGTH} ASCII characters are needed, with no "
                 "space around them"
             )
+        running = whole("running", 1, 64)
+        batch = running if given["batch"].strip() in ("", "auto") else whole("batch", 1, 64)
         made = cls(
             host=host,
             port=whole("port", 0, 65535),
-            running=whole("running", 1, 64),
+            running=running,
+            batch=batch,
             waiting=whole("waiting", 0, 10_000),
             limit_s=whole("request_limit_s", 1, 86_400),
             body_limit=whole("body_limit_kb", 1, 1_000_000) * 1000,

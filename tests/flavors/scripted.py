@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from phi3_mlflow.flavors.serving.front import Answerer, ChatFront, Config
+from phi3_mlflow.flavors.serving.answerer import Answerer, Config
+from phi3_mlflow.flavors.serving.front import ChatFront
 from phi3_mlflow.flavors.serving.request import RequestError
+from phi3_mlflow.flavors.serving.turns import Turns
 
 END = 1
 
@@ -25,6 +27,7 @@ class ScriptedEngine:
     ends = frozenset({END})
     token_bytes = 1024
     rope_switch = 0
+    together = 1
 
     def __init__(
         self, script: str = "", on_extend: Callable[[Sequence[int]], None] | None = None
@@ -32,6 +35,7 @@ class ScriptedEngine:
         self.script = script
         self.on_extend = on_extend or (lambda tokens: None)
         self.opened = 0
+        self.turns = Turns()
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         return [
@@ -59,10 +63,11 @@ class ScriptedEngine:
 
 class ScriptedSession:
     reusable = True
+    shared = False
 
     def __init__(self, engine: ScriptedEngine, capacity: int) -> None:
         self.engine = engine
-        self.capacity = capacity
+        self.capacity = self.room = capacity
         self.tokens: list[int] = []
         self.spoken = 0
 
@@ -91,6 +96,9 @@ class ScriptedSession:
         assert length <= len(self.tokens)
         del self.tokens[length:]
         self.spoken = 0
+
+    def rest(self, length: int) -> None:
+        pass
 
 
 def front(engine: Any, contract: str = "chat", **config: Any) -> ChatFront:

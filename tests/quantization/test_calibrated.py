@@ -15,6 +15,7 @@ from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
 from phi3_mlflow.quantization.settings import QuantizationSettings
+from tests.fixtures.tiny_phi3 import make_tiny
 
 
 @pytest.fixture
@@ -179,3 +180,24 @@ def test_a_line_without_a_text_is_named(line: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
         calibration_texts(tmp_path / "none.jsonl")
+
+
+def test_the_bytes_do_not_depend_on_the_machines_number_of_cores(
+    texts: Path, tmp_path: Path
+) -> None:
+    # Large enough that a matrix product is shared out over threads.
+    model = make_tiny(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    before, found = torch.get_num_threads(), {}
+    try:
+        for cores in (1, 2, 3):
+            torch.set_num_threads(cores)
+            quantize_checkpoint(model, tmp_path / str(cores), _settings(texts))
+            assert torch.get_num_threads() == cores, "left as it was"
+            found[cores] = _digest(tmp_path / str(cores))
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found.values())) == 1, found
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -57,10 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def store(models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Models]:
     """The store of `models`, in this process and in those it starts; the folder is a new one."""
     before = mlflow.get_tracking_uri()
-    for name, value in models.place.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    models.place.enter(monkeypatch)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(models.place.tracking_uri)
     yield models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.transformers import log_transformers
 from phi3_mlflow.genai.export import export_onnx
-from phi3_mlflow.server.holder import Holder, resolve
+from phi3_mlflow.server.holder import Holder, load, resolve
 from tests.conftest import Workspace, own_store
 from tests.fixtures.tiny_phi3 import make_tiny
 from tests.server.conftest import Running, running, wait_for
@@ -46,8 +47,9 @@ def checkpoint(place: Workspace) -> Path:
     return make_tiny(place.folder / "checkpoint", sliding_window=None, max_position_embeddings=512)
 
 
-def _serve(uri: str, **settings: Any) -> Any:
-    return running(Holder(lambda: resolve(uri), follow_s=0.05), uri, **settings)
+def _serve(uri: str, batch: int = 8, **settings: Any) -> Any:
+    holder = Holder(lambda: resolve(uri), lambda target: load(target, batch), follow_s=0.05)
+    return running(holder, uri, batch=batch, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,24 @@ def test_the_next_turn_reuses_what_was_computed(onnx: Running) -> None:
     assert onnx.metric("phi3_prefix_cache_bytes") > 0
     turns = [*HELLO, {"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
     assert _chat(onnx, messages=turns).usage.prompt_tokens > 20
+
+
+def test_clients_at_once_are_answered_together_and_as_alone(onnx: Running) -> None:
+    assert onnx.context.holder.current.backend.together == 8
+    asked = [
+        {"messages": [{"role": "user", "content": f"{n} words"}], "seed": n, "temperature": n % 2}
+        for n in range(8)
+    ]
+    alone = [_chat(onnx, **one).choices[0].message.content for one in asked]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda one: _chat(onnx, **one), asked))
+    assert [answer.choices[0].message.content for answer in together] == alone
+
+
+def test_batches_can_be_switched_off(place: Workspace, onnx: Running) -> None:
+    with _serve("models:/tiny/1", batch=1) as up:
+        assert up.context.holder.current.backend.together == 1
+        assert _chat(up).choices[0].message.content
 
 
 def test_invocations_answer_as_mlflows_server_does(onnx: Running) -> None:

@@ -25,6 +25,11 @@ def test_defaults_listen_on_this_machine_alone() -> None:
     )
 
 
+@pytest.mark.parametrize(("batch", "expected"), [("auto", 6), ("1", 1), ("3", 3)])
+def test_what_runs_is_computed_together_unless_less_is_asked_for(batch: str, expected: int) -> None:
+    assert _read(running="6", batch=batch).batch == expected
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::"])
 def test_another_address_needs_a_key_and_the_refusal_names_the_way_out(host: str) -> None:
     with pytest.raises(UserError, match=KEY_VARIABLE) as caught:
@@ -48,7 +53,8 @@ def test_a_key_that_cannot_work_is_refused_and_not_shown(key: str) -> None:
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
+    wrong = {"host": "my-server", "running": "0", "batch": "99", "waiting": "-1"}
     with pytest.raises(UserError) as caught:
-        _read(host="my-server", port="http", running="0", waiting="-1", body_limit_kb="")
-    for word in ("host = 'my-server'", "port = 'http'", "running = '0'", "waiting", "body_limit"):
+        _read(port="http", body_limit_kb="", **wrong)
+    for word in (*(f"{name} = {value!r}" for name, value in wrong.items()), "body_limit", "port"):
         assert word in str(caught.value)

@@ -31,11 +31,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path, str
 
 @pytest.fixture
 def connected(line: tuple[Workspace, Path, str], monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    for name, value in line[0].environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
-    monkeypatch.chdir(line[0].folder)
+    line[0].enter(monkeypatch)
     return line[0]
 
 

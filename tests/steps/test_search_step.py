@@ -42,11 +42,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path,
 
 @pytest.fixture
 def connected(searched: tuple[Workspace, Path, str], monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    for name, value in searched[0].environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
-    monkeypatch.chdir(searched[0].folder)
+    searched[0].enter(monkeypatch)
     return searched[0]
 
 

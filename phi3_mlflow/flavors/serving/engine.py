@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from .sampling import Sampler
+from .turns import Turns
 
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
@@ -18,8 +19,14 @@ LEAST_PIECE = 48
 class Session(Protocol):
     """One sequence of tokens in the engine's memory."""
 
-    capacity: int
-    """Tokens it can hold."""
+    @property
+    def capacity(self) -> int:
+        """Tokens it has memory for now."""
+
+    room: int
+    """Tokens it can come to hold."""
+    shared: bool
+    """Whether the sessions of several threads are computed together; else they take turns."""
     reusable: bool
     """Whether `rewind` is exact, so that another request may continue from a part of it."""
 
@@ -38,6 +45,9 @@ class Session(Protocol):
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+
+    def rest(self, length: int) -> None:
+        """Nobody asks for more now; of what was computed the first `length` tokens may be kept."""
 
 
 class Guided(Session, Protocol):
@@ -58,6 +68,10 @@ class Engine(Protocol):
     """Bytes of key-value cache for each token."""
     rope_switch: int
     """Length beyond which positions are encoded differently (LongRoPE), or 0."""
+    together: int
+    """Sequences that it computes at once; 1: one after the other."""
+    turns: Turns
+    """Held by whoever makes the engine compute, but for sessions that are `shared`."""
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation, by the chat template, ready for the assistant's answer."""
@@ -92,6 +106,7 @@ class Settings:
         provider: `cpu` or `cuda`.
         rope_switch: see `Engine.rope_switch`.
         dtype: number type of the weights (transformers only); empty: as they are stored.
+        batch: sequences that are computed together at most (onnxruntime only); 1: none.
     """
 
     threads: int = 0
@@ -99,6 +114,7 @@ class Settings:
     provider: str = "cpu"
     rope_switch: int = 0
     dtype: str = ""
+    batch: int = 1
 
 
 def cuts(tokens: Sequence[int], ends: Collection[int], chunk: int, rope_switch: int) -> list[int]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .engine import Settings
+from .genai_folder import GenaiFolder, threads
 from .request import RequestError
 from .sampling import Sampler
-from .vocabulary import Vocabulary
-
-# onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-class GenaiEngine:
+class GenaiEngine(GenaiFolder):
     """A directory made by onnxruntime-genai's model builder.
 
     Args:
@@ -29,61 +25,11 @@ class GenaiEngine:
         ValueError: a setting that this installation or this model cannot meet.
     """
 
+    together = 1
+
     def __init__(self, folder: Path, settings: Settings) -> None:
-        import onnxruntime_genai as og
-
-        self._og = og
-        about = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        made_for = int(about["context_length"])
-        if settings.max_context > made_for:
-            raise ValueError(
-                f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
-                "that the model was made for"
-            )
-        self.context = settings.max_context or made_for
-        self.rope_switch = settings.rope_switch
-        decoder = about["decoder"]
-        window = decoder.get("sliding_window")
-        self._window = window["window_size"] if window else 0
-        if window and not window.get("layers"):
-            # The builder names the window but put it into no layer of the graph, and the cache is
-            # allocated for the window all the same. Within the window the model is right.
-            self.context = min(self.context, self._window)
-        self.token_bytes = (
-            2  # keys and values
-            * decoder["num_hidden_layers"]
-            * decoder["num_key_value_heads"]
-            * decoder["head_size"]
-            * (4 if settings.provider == "cpu" else 2)
-        )
-        self._model = og.Model(_config(og, folder, settings))
-        self._tokenizer = og.Tokenizer(self._model)
-        self._vocabulary = Vocabulary(folder)
-        ends = about["eos_token_id"]
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self._bos = about.get("bos_token_id")
-
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                json.dumps(messages), add_generation_prompt=True
-            )
-        except Exception as error:
-            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
-        tokens = self.encode(text)
-        # A template that writes the beginning-of-sequence token, and a tokenizer that adds it.
-        if len(tokens) > 1 and tokens[0] == tokens[1] == self._bos:
-            tokens = tokens[1:]
-        return tokens
-
-    def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self._tokenizer.encode(text)]
-
-    def decoder(self) -> Callable[[int], str]:
-        return self._vocabulary.decoder()
-
-    def spell(self, token: int) -> bytes:
-        return self._vocabulary.spell(token)
+        super().__init__(folder, settings)
+        self._model = self._og.Model(_config(self._og, folder, settings))
 
     def open_guided(self, capacity: int, schema: str) -> GuidedSession:
         params = self._og.GeneratorParams(self._model)
@@ -110,14 +56,14 @@ class GenaiEngine:
             raise RequestError(
                 [f"response_format: the JSON schema cannot be followed: {why[:300]}"]
             ) from error
-        return GuidedSession(generator, capacity, self.rope_switch, self._window)
+        return GuidedSession(generator, capacity, self.rope_switch, self.window)
 
     def open(self, capacity: int) -> GenaiSession:
         params = self._og.GeneratorParams(self._model)
         # max_length counts the prompt, and the key-value cache for all of it is allocated at once.
         params.set_search_options(max_length=capacity, do_sample=False)
         return GenaiSession(
-            self._og.Generator(self._model, params), capacity, self.rope_switch, self._window
+            self._og.Generator(self._model, params), capacity, self.rope_switch, self.window
         )
 
 
@@ -127,8 +73,10 @@ class GenaiSession:
     So a generator carries no sampling options and no random state, and can serve any request.
     """
 
+    shared = False
+
     def __init__(self, generator: Any, capacity: int, rope_switch: int, window: int) -> None:
-        self.capacity = capacity
+        self.capacity = self.room = capacity
         self.reusable = True
         self._generator = generator
         self._rope_switch = rope_switch
@@ -171,6 +119,9 @@ class GenaiSession:
         self._generator.rewind_to(length)
         self._length = length
 
+    def rest(self, length: int) -> None:
+        """Nothing to do: the generator keeps its memory until it is let go."""
+
 
 class GuidedSession(GenaiSession):
     """A session whose answer follows a grammar: the runtime keeps its state and masks the rest."""
@@ -204,8 +155,6 @@ def _config(og: Any, folder: Path, settings: Settings) -> Any:
         raise ValueError(
             f"model_config provider: {settings.provider!r} is neither 'cpu' nor 'cuda'"
         )
-    # Left alone, onnxruntime-genai takes half of the hardware threads.
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    options = {"intra_op_num_threads": threads}
+    options = {"intra_op_num_threads": threads(settings)}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     return config

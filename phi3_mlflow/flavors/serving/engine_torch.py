@@ -10,6 +10,7 @@ import numpy as np
 
 from .engine import Guided, Settings
 from .request import RequestError
+from .turns import Turns
 from .vocabulary import Vocabulary
 
 
@@ -23,6 +24,8 @@ class TorchEngine:
     Raises:
         ValueError: a setting that this installation or this model cannot meet.
     """
+
+    together = 1
 
     def __init__(self, checkpoint: Path, tokenizer: Path, settings: Settings) -> None:
         import torch
@@ -41,6 +44,7 @@ class TorchEngine:
             raise ValueError(f"model_config dtype: {settings.dtype!r} is no number type of torch")
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        self.turns = Turns()
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         self._vocabulary = Vocabulary(tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -104,8 +108,10 @@ class TorchEngine:
 class TorchSession:
     """A key-value cache. It grows as it is used, and `capacity` is only what it is counted as."""
 
+    shared = False
+
     def __init__(self, model: Any, capacity: int, rope_switch: int) -> None:
-        self.capacity = capacity
+        self.capacity = self.room = capacity
         # A cache with a sliding window forgets what has left the window, and cannot be rewound.
         self.reusable = model.config.get_text_config().sliding_window is None
         self._model = model
@@ -146,6 +152,9 @@ class TorchSession:
         elif length < len(self._tokens):
             self._cache.crop(length - len(self._tokens))  # below zero: tokens to remove
         del self._tokens[length:]
+
+    def rest(self, length: int) -> None:
+        """Nothing to do: the cache is kept, or let go, as a whole."""
 
     def _empty(self) -> Any:
         from transformers import DynamicCache

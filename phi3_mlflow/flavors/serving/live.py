@@ -16,7 +16,7 @@ from . import request
 from .answer import Choice
 
 if TYPE_CHECKING:
-    from .front import Answerer
+    from .answerer import Answerer
 
 INTERFACE = 1
 _here = threading.local()
@@ -91,13 +91,19 @@ class Reply:
 
 
 class Live:
-    """A loaded model, for a server. Every method may be called from several threads."""
+    """A loaded model, for a server. Every method may be called from several threads.
+
+    Attributes:
+        context: tokens that prompt and answer may have together.
+        together: requests that are worth asking at the same time.
+    """
 
     interface = INTERFACE
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
         self.context: int = answerer.engine.context
+        self.together: int = answerer.engine.together
 
     def parse(self, row: Mapping[str, Any], contract: str = "chat") -> request.Request:
         """Check a request, `chat` (messages) or `prompt`; takes no time to speak of.

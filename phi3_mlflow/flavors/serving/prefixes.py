@@ -73,7 +73,9 @@ class Prefixes:
 
     def give_back(self, session: Session, tokens: list[int]) -> None:
         """Keep a session that has computed the whole prompt `tokens`, within the budget."""
-        if not session.reusable or self._bytes(session) > self._budget:
+        useful = bool(tokens) and session.reusable
+        session.rest(len(tokens) if useful and self._budget else 0)
+        if not useful or self._bytes(session) > self._budget:
             return
         with self._guard:
             self._kept.append(_Kept(session, np.asarray(tokens, dtype=np.int64)))
@@ -84,7 +86,7 @@ class Prefixes:
         cuts = [0, *self._cut(wanted.tolist())]
         best: tuple[_Kept, int] | None = None
         for kept in self._kept:
-            if kept.session.capacity < needed:
+            if kept.session.room < needed:
                 continue
             # At least one token has to be computed, for the logits behind it.
             common = min(_common(kept.tokens, wanted), len(wanted) - 1)

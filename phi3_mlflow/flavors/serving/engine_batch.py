@@ -1,0 +1,275 @@
+"""The engine that computes the requests of several threads together.
+
+Reading the weights is what a token costs; computing them for eight sequences at once reads them
+once. A sequence joins and leaves between any two tokens. There is no thread behind it: of the
+threads that wait for their tokens, one computes for all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .engine import Guided, Session, Settings
+from .engine_genai import GenaiEngine
+from .genai_folder import GenaiFolder, threads
+from .rows import Graph, NotForBatches
+from .turns import Turns
+
+# A sequence that was computed in the last step is waited for so long before the next one begins:
+# its thread is choosing the token.
+_PATIENCE_S = 0.004
+
+
+class BatchEngine(GenaiFolder):
+    """A directory made by onnxruntime-genai's model builder, computed by onnxruntime itself.
+
+    Two kinds of request are handed to onnxruntime-genai, which loads the weights once more when
+    the first one comes: those whose answer follows a JSON schema, and those that go beyond the
+    switch of a LongRoPE model, which is one for all sequences of a batch.
+
+    Args:
+        folder: holds genai_config.json, the graph with its weights, and the tokenizer.
+
+    Raises:
+        NotForBatches: this model or this setting needs another engine.
+        ValueError: a setting that this model cannot meet.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        super().__init__(folder, settings)
+        if settings.provider != "cpu":
+            raise NotForBatches(f"runs on {settings.provider}")
+        self.together = settings.batch
+        graph = Graph(folder, self.about, threads(settings), settings.batch, self.context)
+        self._together = Together(graph, self.turns)
+        self._alone: GenaiEngine | None = None
+        self._guard = threading.Lock()
+
+    def open(self, capacity: int) -> Session:
+        if 0 < self.rope_switch < capacity:
+            return self._other().open(capacity)
+        return BatchSession(self._together, self.rope_switch or self.context)
+
+    def open_guided(self, capacity: int, schema: str) -> Guided:
+        return self._other().open_guided(capacity, schema)
+
+    def _other(self) -> GenaiEngine:
+        with self._guard:
+            if self._alone is None:
+                self._alone = GenaiEngine(self._folder, self._settings)
+            return self._alone
+
+
+class BatchSession:
+    """A sequence that has a row while it is worked on, and a copy of its own while it rests."""
+
+    shared = True
+    reusable = True
+
+    def __init__(self, together: Together, room: int) -> None:
+        self.room = room
+        self.length = 0
+        self.row: int | None = None
+        self.saved: list[np.ndarray] = []
+        self._together = together
+        self._logits = np.empty(0, dtype=np.float32)
+
+    @property
+    def capacity(self) -> int:
+        return self.length
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._logits = self._together.compute(self, tokens)
+
+    def logits(self) -> np.ndarray:
+        return self._logits
+
+    def follow(self, token: int | None) -> int:
+        if token is not None:
+            self.extend([token])
+        return int(self._logits.argmax())
+
+    def rewind(self, length: int) -> None:
+        self.length = length
+
+    def rest(self, length: int) -> None:
+        self._together.rest(self, length)
+
+
+@dataclass(eq=False)
+class _Job:
+    session: BatchSession
+    tokens: np.ndarray
+    logits: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    error: BaseException | None = None
+    done: bool = False
+
+
+class Together:
+    """Computes what several threads ask for at the same time.
+
+    A piece of a prompt is computed by itself, a token of an answer together with those of all
+    other answers; the two kinds alternate, so that a long prompt does not hold answers up.
+
+    Args:
+        graph: computes, and holds the rows.
+        turns: shared with whoever else computes on this machine's cores.
+    """
+
+    def __init__(self, graph: Graph, turns: Turns) -> None:
+        self._graph = graph
+        self._turns = turns
+        self._changed = threading.Condition()
+        self._jobs: list[_Job] = []
+        self._rows: list[BatchSession | None] = [None] * graph.rows
+        self._expected: set[BatchSession] = set()
+        self._someone_computes = False
+        self._last_was_prompt = False
+
+    def compute(self, session: BatchSession, tokens: Sequence[int]) -> np.ndarray:
+        """Append tokens to a session.
+
+        Returns:
+            Logits of the token that follows, shape (V,), float32.
+        """
+        job = _Job(session, np.asarray(tokens, dtype=np.int64))
+        with self._changed:
+            self._jobs.append(job)
+            self._expected.discard(session)
+            self._changed.notify_all()
+        while not job.done:
+            with self._changed:
+                self._changed.wait_for(lambda: job.done or not self._someone_computes)
+                if job.done:
+                    break
+                self._someone_computes = True
+            try:
+                self._compute_some()
+            except BaseException:
+                with self._changed:
+                    self._jobs = [other for other in self._jobs if other is not job]
+                raise
+            finally:
+                with self._changed:
+                    self._someone_computes = False
+                    self._changed.notify_all()
+        if job.error is not None:
+            raise job.error
+        return job.logits
+
+    def rest(self, session: BatchSession, length: int) -> None:
+        """Take a session out of its row, with a copy of its first `length` tokens."""
+        with self._changed:
+            self._expected.discard(session)
+            row = session.row
+            if row is not None:
+                session.saved = self._graph.save(row, length) if length else []
+                session.row = self._rows[row] = None
+                self._graph.forget(row)
+            elif not length:
+                session.saved = []
+            session.length = length
+            self._changed.notify_all()
+
+    def _compute_some(self) -> None:
+        """One piece of a prompt, or one token of every answer that waits for one."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._expected, _PATIENCE_S)
+            self._expected.clear()  # who is slower than that is not waited for again
+        with self._turns:
+            with self._changed:
+                jobs = self._next()
+            if jobs:
+                self._run(jobs)
+                return
+        with self._changed:  # every row belongs to somebody who is choosing a token
+            self._changed.wait(_PATIENCE_S)
+
+    def _run(self, jobs: list[_Job]) -> None:
+        try:
+            with self._changed:
+                first, tokens, lengths = self._plan(jobs)
+            logits = self._graph.run(first, tokens, lengths)
+            for job in jobs:
+                row = job.session.row
+                assert row is not None
+                # A copy: the whole would be kept alive by one row of it.
+                job.logits = logits[row - first, len(job.tokens) - 1].copy()
+                job.session.length += len(job.tokens)
+        except BaseException as error:
+            for job in jobs:
+                job.error = error
+        with self._changed:
+            for job in jobs:
+                job.done = True
+            if len(jobs[0].tokens) == 1:
+                self._expected.update(job.session for job in jobs if job.error is None)
+
+    def _next(self) -> list[_Job]:
+        """What is computed now, taken from what waits; its sessions have rows."""
+        ready = [job for job in self._jobs if self._seated(job.session)]
+        prompts = [job for job in ready if len(job.tokens) > 1]
+        answers = [job for job in ready if len(job.tokens) == 1]
+        self._last_was_prompt = bool(prompts) and not (answers and self._last_was_prompt)
+        chosen = prompts[:1] if self._last_was_prompt else answers
+        self._jobs = [job for job in self._jobs if job not in chosen]
+        return chosen
+
+    def _seated(self, session: BatchSession) -> bool:
+        if session.row is not None:
+            return True
+        row = next((row for row, there in enumerate(self._rows) if there is None), None)
+        if row is None:
+            return False
+        self._reserve(session.length)
+        if session.length:
+            self._graph.load(row, session.saved, session.length)
+        session.saved = []
+        session.row, self._rows[row] = row, session
+        return True
+
+    def _reserve(self, tokens: int) -> None:
+        seated = {row: there.length for row, there in enumerate(self._rows) if there is not None}
+        # One more for a spare token, and one that rows beside those computed write behind theirs.
+        self._graph.reserve(max(tokens, *seated.values(), 0) + 2, seated)
+
+    def _plan(self, jobs: list[_Job]) -> tuple[int, np.ndarray, list[int]]:
+        """First row, tokens and lengths of a call."""
+        longest = max(job.session.length + len(job.tokens) for job in jobs)
+        self._reserve(longest)
+        if len(jobs[0].tokens) > 1:
+            (job,) = jobs
+            row = job.session.row
+            assert row is not None
+            new = job.tokens if len(job.tokens) % 2 == 0 else np.append(job.tokens, 0)
+            return row, new[None], [job.session.length + len(new)]
+        self._close_ranks()
+        count = max(row for row, there in enumerate(self._rows) if there is not None) + 1
+        count += count % 2
+        # A row that is not asked for gets a token behind its last one, which the next overwrites.
+        tokens = np.zeros((count, 1), dtype=np.int64)
+        lengths = [1 if there is None else there.length + 1 for there in self._rows[:count]]
+        for job in jobs:
+            assert job.session.row is not None
+            tokens[job.session.row] = job.tokens
+        return 0, tokens, lengths
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into free ones before them: free rows in between are computed too."""
+        while True:
+            taken = [row for row, there in enumerate(self._rows) if there is not None]
+            free = [row for row in range(len(taken)) if self._rows[row] is None]
+            if not free:
+                return
+            row, to = taken[-1], free[0]
+            session = self._rows[row]
+            assert session is not None
+            self._graph.move(row, to, session.length)
+            self._graph.forget(row)
+            session.row = to
+            self._rows[row], self._rows[to] = None, session

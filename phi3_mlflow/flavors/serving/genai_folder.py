@@ -1,0 +1,92 @@
+"""What a directory of onnxruntime-genai's model builder says of its model; its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .engine import Settings
+from .request import RequestError
+from .turns import Turns
+from .vocabulary import Vocabulary
+
+# onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+class GenaiFolder:
+    """The part of an engine that is about texts and limits.
+
+    Args:
+        folder: holds genai_config.json, the graph with its weights, and the tokenizer.
+
+    Raises:
+        ValueError: a setting that this model cannot meet.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        import onnxruntime_genai as og
+
+        self._og = og
+        self._folder = folder
+        self._settings = settings
+        about = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        made_for = int(about["context_length"])
+        if settings.max_context > made_for:
+            raise ValueError(
+                f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
+                "that the model was made for"
+            )
+        self.turns = Turns()
+        self.context = settings.max_context or made_for
+        self.rope_switch = settings.rope_switch
+        self.about: dict[str, Any] = about["decoder"]
+        window = self.about.get("sliding_window")
+        self.window = window["window_size"] if window else 0
+        self.windowed_layers = bool(window and window.get("layers"))
+        if window and not self.windowed_layers:
+            # The builder names the window but put it into no layer of the graph, and the cache is
+            # allocated for the window all the same. Within the window the model is right.
+            self.context = min(self.context, self.window)
+        self.token_bytes = (
+            2  # keys and values
+            * self.about["num_hidden_layers"]
+            * self.about["num_key_value_heads"]
+            * self.about["head_size"]
+            * (4 if settings.provider == "cpu" else 2)
+        )
+        self._tokenizer = og.Tokenizer(str(folder))
+        self._vocabulary = Vocabulary(folder)
+        ends = about["eos_token_id"]
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self._bos = about.get("bos_token_id")
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                json.dumps(messages), add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
+        tokens = self.encode(text)
+        # A template that writes the beginning-of-sequence token, and a tokenizer that adds it.
+        if len(tokens) > 1 and tokens[0] == tokens[1] == self._bos:
+            tokens = tokens[1:]
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def decoder(self) -> Callable[[int], str]:
+        return self._vocabulary.decoder()
+
+    def spell(self, token: int) -> bytes:
+        return self._vocabulary.spell(token)
+
+
+def threads(settings: Settings) -> int:
+    """Processor threads to take: left alone, onnxruntime-genai takes half of them."""
+    return settings.threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,175 @@
+"""The ONNX graph of a decoder, with key-value memory for several sequences side by side.
+
+onnxruntime-genai's own generators take the prompts of a batch all at once at its beginning, so
+nobody could join later or keep what was computed. Here onnxruntime runs the same graph on memory
+that this module owns: one row a sequence, each with a length of its own, which is what the
+operator GroupQueryAttention takes (`attention_mask` gives the lengths, padded on the right).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Memory grows in steps of this many tokens a row, and by half at least.
+_STEP = 256
+_PAGE = mmap.PAGESIZE
+
+
+class NotForBatches(ValueError):
+    """This model, or this setting, cannot be computed for several sequences at once.
+
+    The message goes on from "the model".
+    """
+
+
+class Graph:
+    """A graph in onnxruntime, on the CPU.
+
+    Kernels compute an even number of rows two by two, and a last odd one by itself, which rounds
+    differently. Every call therefore has an even number of rows, a spare one among them if need
+    be: so what comes out for a sequence is the same to the last bit whatever is computed beside it.
+
+    Args:
+        folder: holds genai_config.json and the graph it names.
+        decoder: `model.decoder` of that file.
+        threads: processor threads.
+        rows: sequences that it holds at most.
+        context: tokens that one sequence may have.
+
+    Raises:
+        NotForBatches: the graph does not take what this module gives.
+    """
+
+    def __init__(
+        self, folder: Path, decoder: dict[str, Any], threads: int, rows: int, context: int
+    ) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(
+            str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
+        )
+        self.rows = rows + rows % 2
+        self._most = context + 2  # a spare token behind the last one, and it rounds to even
+        self._heads = int(decoder["num_key_value_heads"])
+        self._size = int(decoder["head_size"])
+        inputs, outputs = decoder["inputs"], decoder["outputs"]
+        self._ids, self._mask = inputs["input_ids"], inputs["attention_mask"]
+        self._logits = outputs["logits"]
+        self._names = [
+            (inputs[f"past_{kind}_names"] % layer, outputs[f"present_{kind}_names"] % layer)
+            for layer in range(decoder["num_hidden_layers"])
+            for kind in ("key", "value")
+        ]
+        self._check()
+        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+        self.capacity = 0
+        self._memory: list[_Memory] = []
+
+    def _check(self) -> None:
+        wanted = {self._ids, self._mask, *(past for past, _ in self._names)}
+        inputs = {value.name: value.type for value in self._session.get_inputs()}
+        if set(inputs) != wanted:
+            names = ", ".join(sorted(set(inputs) ^ wanted)[:3])
+            raise NotForBatches(f"has a graph with other inputs than expected: {names}")
+        if {inputs[self._ids], inputs[self._mask]} != {"tensor(int64)"}:
+            raise NotForBatches("has a graph that does not take tokens as int64")
+        kinds = {inputs[past] for past, _ in self._names}
+        kinds |= {value.type for value in self._session.get_outputs()}
+        if kinds != {"tensor(float)"}:
+            raise NotForBatches(f"has a cache or logits of {', '.join(sorted(kinds))}")
+
+    def reserve(self, tokens: int, lengths: dict[int, int]) -> None:
+        """Have room for `tokens` in every row.
+
+        Args:
+            lengths: row: tokens in use, of the rows to be kept.
+        """
+        if tokens <= self.capacity:
+            return
+        capacity = max(tokens, self.capacity * 3 // 2)
+        self.capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
+        shape = (self.rows, self._heads, self.capacity, self._size)
+        if not self._memory:
+            self._memory = [_Memory(shape) for _ in self._names]
+        # One after the other, so that only one of them is there twice at a time.
+        for index, old in enumerate(self._memory):
+            if old.array.shape == shape:
+                return
+            new = _Memory(shape)
+            for row, length in lengths.items():
+                new.array[row, :, :length] = old.array[row, :, :length]
+            self._memory[index] = new
+
+    def run(self, first: int, tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+        """Compute tokens of neighbouring rows.
+
+        Args:
+            first: the first row.
+            tokens: int64, shape (R, T), R x T even.
+            lengths: of each of the R rows, the tokens it has with the new ones.
+
+        Returns:
+            Logits, float32, shape (R, T, V).
+        """
+        rows = len(tokens)
+        mask = np.arange(max(lengths))[None] < np.asarray(lengths)[:, None]
+        mask = mask.astype(np.int64)
+        logits = np.empty((*tokens.shape, self.vocabulary), dtype=np.float32)
+        binding = self._session.io_binding()
+        for name, given in ((self._ids, tokens), (self._mask, mask)):
+            binding.bind_input(name, "cpu", 0, np.int64, given.shape, given.ctypes.data)
+        shape = (rows, self._heads, self.capacity, self._size)
+        for (past, present), memory in zip(self._names, self._memory, strict=True):
+            address = memory.array[first:].ctypes.data
+            binding.bind_input(past, "cpu", 0, np.float32, shape, address)
+            binding.bind_output(present, "cpu", 0, np.float32, shape, address)
+        binding.bind_output(self._logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def save(self, row: int, length: int) -> list[np.ndarray]:
+        """A copy of the first tokens of a row."""
+        return [memory.array[row, :, :length].copy() for memory in self._memory]
+
+    def load(self, row: int, saved: list[np.ndarray], length: int) -> None:
+        """Put the first tokens of a copy into a row."""
+        for memory, kept in zip(self._memory, saved, strict=True):
+            memory.array[row, :, :length] = kept[:, :length]
+
+    def move(self, row: int, to: int, length: int) -> None:
+        """Copy the first tokens of a row to another one."""
+        for memory in self._memory:
+            memory.array[to, :, :length] = memory.array[row, :, :length]
+
+    def forget(self, row: int) -> None:
+        """Give the memory behind a row back to the machine."""
+        for memory in self._memory:
+            memory.forget(row)
+
+
+class _Memory:
+    """Zeros, of which only what is written takes up memory."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self._row_bytes = 4 * shape[1] * shape[2] * shape[3]
+        size = shape[0] * self._row_bytes
+        if hasattr(mmap, "MAP_PRIVATE"):  # pages of a shared one would not be given back
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._map = mmap.mmap(-1, size)
+        self.array = np.frombuffer(self._map, dtype=np.float32).reshape(shape)
+
+    def forget(self, row: int) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        begin = -(-row * self._row_bytes // _PAGE) * _PAGE
+        end = (row + 1) * self._row_bytes // _PAGE * _PAGE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
