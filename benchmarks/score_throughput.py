@@ -188,9 +188,9 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
         rows,
         notes=f"{wanted.rows} rows with a system prompt in common, up to {wanted.max_tokens} new "
         f"tokens, {cores()} cores; loading not counted; the ways take turns, best of {rounds}. "
-        f"Workers compute {TOGETHER} rows together, or one after the other (in turns). 'Same texts': "
-        "as predict for those in turns, as one worker for the others. Spark: a standalone master on "
-        "the same machine.",
+        f"Workers compute {TOGETHER} rows together, or one after the other (in turns). 'Same "
+        "texts': as predict for those in turns, as one worker for the others. Spark: a standalone "
+        "master on the same machine.",
         extra={"seconds": {way.name: way.seconds for way in ways}},
     )
 
