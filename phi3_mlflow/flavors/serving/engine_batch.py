@@ -142,25 +142,29 @@ class Together:
             self._jobs.append(job)
             self._expected.discard(session)
             self._changed.notify_all()
-        while not job.done:
-            with self._changed:
-                self._changed.wait_for(lambda: job.done or not self._someone_computes)
-                if job.done:
-                    break
-                self._someone_computes = True
-            try:
-                self._compute_some()
-            except BaseException:
-                with self._changed:
-                    self._jobs = [other for other in self._jobs if other is not job]
-                raise
-            finally:
-                with self._changed:
-                    self._someone_computes = False
-                    self._changed.notify_all()
+        try:
+            while self._must_compute(job):
+                try:
+                    self._compute_some()
+                finally:
+                    with self._changed:
+                        self._someone_computes = False
+                        self._changed.notify_all()
+        except BaseException:
+            with self._changed:  # nobody waits for it any more
+                self._jobs = [other for other in self._jobs if other is not job]
+            raise
         if job.error is not None:
             raise job.error
         return job.logits
+
+    def _must_compute(self, job: _Job) -> bool:
+        """Wait until the job is done, or nobody computes; then it is for this thread to do so."""
+        with self._changed:
+            self._changed.wait_for(lambda: job.done or not self._someone_computes)
+            if not job.done:
+                self._someone_computes = True
+            return not job.done
 
     def rest(self, session: BatchSession, length: int) -> None:
         """Take a session out of its row, with a copy of its first `length` tokens."""
@@ -194,12 +198,11 @@ class Together:
         try:
             with self._changed:
                 first, tokens, lengths = self._plan(jobs)
+                rows = [_row(job.session) - first for job in jobs]
             logits = self._graph.run(first, tokens, lengths)
-            for job in jobs:
-                row = job.session.row
-                assert row is not None
+            for job, row in zip(jobs, rows, strict=True):
                 # A copy: the whole would be kept alive by one row of it.
-                job.logits = logits[row - first, len(job.tokens) - 1].copy()
+                job.logits = logits[row, len(job.tokens) - 1].copy()
                 job.session.length += len(job.tokens)
         except BaseException as error:
             for job in jobs:
@@ -244,10 +247,8 @@ class Together:
         self._reserve(longest)
         if len(jobs[0].tokens) > 1:
             (job,) = jobs
-            row = job.session.row
-            assert row is not None
             new = job.tokens if len(job.tokens) % 2 == 0 else np.append(job.tokens, 0)
-            return row, new[None], [job.session.length + len(new)]
+            return _row(job.session), new[None], [job.session.length + len(new)]
         self._close_ranks()
         count = max(row for row, there in enumerate(self._rows) if there is not None) + 1
         count += count % 2
@@ -255,8 +256,7 @@ class Together:
         tokens = np.zeros((count, 1), dtype=np.int64)
         lengths = [1 if there is None else there.length + 1 for there in self._rows[:count]]
         for job in jobs:
-            assert job.session.row is not None
-            tokens[job.session.row] = job.tokens
+            tokens[_row(job.session)] = job.tokens
         return 0, tokens, lengths
 
     def _close_ranks(self) -> None:
@@ -273,3 +273,9 @@ class Together:
             self._graph.forget(row)
             session.row = to
             self._rows[row], self._rows[to] = None, session
+
+
+def _row(session: BatchSession) -> int:
+    if session.row is None:
+        raise RuntimeError("a sequence without a row was to be computed")
+    return session.row
