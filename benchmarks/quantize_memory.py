@@ -3,16 +3,21 @@
     python benchmarks/random_checkpoint.py phi-3-mini-4k /tmp/random-phi3
     python benchmarks/quantize_memory.py /tmp/random-phi3 --work /tmp/quantize-memory
     python benchmarks/quantize_memory.py /tmp/random-phi3 --work /tmp/quantize-memory --stock
+    python benchmarks/quantize_memory.py /tmp/random-phi3 --work /tmp/quantize-memory \\
+        --algorithms rtn --olive-python VENV/bin/python --name quantize_memory_olive
 
 `--stock` also runs onnxruntime-genai's own builder on the quantized checkpoint and on the float
 one, each under a limit of address space (`--limit-gb`), so that it fails instead of taking the
-machine down. Peak memory is the process's largest resident set (`ru_maxrss`).
+machine down. `--olive-python` names a Python of another environment with olive-ai: Olive 0.13 calls
+onnxruntime-genai's builder as it was up to 0.12, and fails with that of 0.15 and 0.18. Peak memory
+is the process's largest resident set (`ru_maxrss`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -42,9 +47,18 @@ source, out = {source!r}, {out!r}
 options = parse_extra_options("", source, out, "int4", "cpu", out + ".cache", {options!r})
 create_model("", source, out, "int4", "cpu", out + ".cache", **options)
 """
+_OLIVE = """
+from olive.workflows import run
+source, out = {source!r}, {out!r}
+rounding = {{"type": "Rtn", "bits": 4, "group_size": 32, "sym": True}}
+builder = {{"type": "ModelBuilder", "precision": "int4", "extra_options": {{"accuracy_level": 4}}}}
+done = run({{"input_model": {{"type": "HfModel", "model_path": source}}, "output_dir": out,
+            "passes": {{"q": rounding, "b": builder}}, "cache_dir": out + "-cache"}})
+assert done.has_output_model(), "Olive made no model"
+"""
 
 
-def run(code: str, limit_gb: float) -> tuple[float, float, int, str]:
+def run(code: str, limit_gb: float, python: str = sys.executable) -> tuple[float, float, int, str]:
     """Run Python code in a process of its own.
 
     Returns:
@@ -58,8 +72,9 @@ def run(code: str, limit_gb: float) -> tuple[float, float, int, str]:
         + ("\nprint('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n")
     )
     done = subprocess.run(
-        [sys.executable, "-c", wrapper],
+        [python, "-c", wrapper],
         cwd=ROOT,
+        env=os.environ | {"OLIVE_DISABLE_TELEMETRY": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -85,6 +100,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16384, help="of gptq")
     parser.add_argument("--limit-gb", type=float, default=20.0)
     parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--olive-python", type=Path, help="a Python that has olive-ai")
     parser.add_argument("--name", default="quantize_memory", help="of the result file")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -92,8 +108,8 @@ def main() -> None:
     weights = sum(f.stat().st_size for f in args.checkpoint.glob("*.safetensors"))
     source = str(args.checkpoint.resolve())
 
-    def step(what: str, code: str, out: Path) -> bool:
-        seconds, peak, status, last = run(code, args.limit_gb)
+    def step(what: str, code: str, out: Path, python: str = sys.executable) -> bool:
+        seconds, peak, status, last = run(code, args.limit_gb, python)
         data = out / "model.onnx.data"
         files = [data] if data.exists() else list(out.glob("*.safetensors"))
         size = sum(f.stat().st_size for f in files) / 1e9 if status == 0 else None
@@ -128,6 +144,13 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(int4, ignore_errors=True)
         shutil.rmtree(onnx, ignore_errors=True)
+    if args.olive_python is not None:
+        out = args.work / "olive"
+        code = _OLIVE.format(source=source, out=str(out))
+        what = f"Olive, Rtn and ModelBuilder, limit {args.limit_gb:g} GB"
+        step(what, code, out, str(args.olive_python))
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(f"{out}-cache", ignore_errors=True)
     config = json.loads((args.checkpoint / "config.json").read_text(encoding="utf-8"))
     write_result(
         args.name,

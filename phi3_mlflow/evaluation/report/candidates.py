@@ -43,10 +43,12 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
             size[:1], kl[:1], s=260, facecolors="none", edgecolors=INK, linewidths=1.6, zorder=2,
             label="chosen",
         )  # fmt: skip
+    middle = (min(size) + max(size)) / 2 if size else 0.0
     for i, row in enumerate(rows):
+        left = size[i] > middle  # of its point, so that a long name does not leave the plot
         axes.annotate(
-            row["candidate"], (size[i], kl[i]), xytext=(9, 7), textcoords="offset points",
-            fontsize=9, color=INK,
+            row["candidate"], (size[i], kl[i]), xytext=(-9 if left else 9, 7), fontsize=9,
+            textcoords="offset points", ha="right" if left else "left", color=INK,
         )  # fmt: skip
     figure.colorbar(dots, ax=axes, label="decoding, tokens/s", pad=0.01)
     axes.set_xlabel("model.onnx.data, MB", color=MUTED, fontsize=9)
