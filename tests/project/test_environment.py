@@ -20,7 +20,6 @@ PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!_-]*)$
 # In conda.yaml without being imported by name, and why.
 NOT_IMPORTED = {
     "accelerate": "MLflow's transformers flavor loads a model with it",
-    "onnxruntime": "onnxruntime-genai's builder packs int4 weights with it",
 }
 # Imported where the feature is used, and installed for that feature alone.
 OPTIONAL = {"optimum", "gptqmodel", "pyspark"}
