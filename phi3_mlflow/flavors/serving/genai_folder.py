@@ -46,8 +46,7 @@ class GenaiFolder:
         self.about: dict[str, Any] = about["decoder"]
         window = self.about.get("sliding_window")
         self.window = window["window_size"] if window else 0
-        self.windowed_layers = bool(window and window.get("layers"))
-        if window and not self.windowed_layers:
+        if window and not window.get("layers"):
             # The builder names the window but put it into no layer of the graph, and the cache is
             # allocated for the window all the same. Within the window the model is right.
             self.context = min(self.context, self.window)

@@ -94,18 +94,14 @@ class Graph:
         if tokens <= self.capacity:
             return
         capacity = max(tokens, self.capacity * 3 // 2)
-        self.capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
-        shape = (self.rows, self._heads, self.capacity, self._size)
-        if not self._memory:
-            self._memory = [_Memory(shape) for _ in self._names]
-        # One after the other, so that only one of them is there twice at a time.
-        for index, old in enumerate(self._memory):
-            if old.array.shape == shape:
-                return
-            new = _Memory(shape)
+        capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
+        shape = (self.rows, self._heads, capacity, self._size)
+        larger = [_Memory(shape) for _ in self._names]
+        for old, new in zip(self._memory, larger, strict=False):
             for row, length in lengths.items():
                 new.array[row, :, :length] = old.array[row, :, :length]
-            self._memory[index] = new
+        # Only now: where there was no room for it, the graph must not write beyond what there is.
+        self._memory, self.capacity = larger, capacity
 
     def run(self, first: int, tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """Compute tokens of neighbouring rows.
