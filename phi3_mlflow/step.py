@@ -6,19 +6,18 @@ for one that `main` runs.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow import console
+from phi3_mlflow.code_keys import Closure, closure, version_of
 from phi3_mlflow.errors import UserError
-from phi3_mlflow.manifests import MANIFEST_NAME, Manifest, sha256_of_file
+from phi3_mlflow.manifests import MANIFEST_NAME, Manifest
 from phi3_mlflow.params import SHARED, Request
 from phi3_mlflow.store import Entry, Store, key_of
 
@@ -86,8 +85,9 @@ class Step:
         inputs: finds what it takes, or says which command makes it.
         settings: the typed values that decide its output.
         work: does it.
-        code: the parts of the project, as paths, whose change makes earlier output stale.
-        libraries: the distributions whose version decides the output.
+        module: where it is written, when that is not the script of its name.
+        copies: modules that go into its output as they are, without being imported.
+        libraries: distributions that decide the output behind those that are imported.
         still_there: for output that lives in MLflow, says what of it has gone, if anything has.
         foresee: says what it would cost, where that can be known beforehand.
         after: is done on every run, on a hit too: idempotent marks such as tags.
@@ -101,7 +101,8 @@ class Step:
     inputs: Callable[[Request, Store], dict[str, Input]]
     settings: Callable[[Request], dict[str, Any]]
     work: Callable[[Work], None]
-    code: tuple[str, ...]
+    module: str | None = None
+    copies: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     still_there: Callable[[Entry], str | None] | None = None
     after: Callable[[Request, Entry], None] | None = None
@@ -112,6 +113,11 @@ class Step:
     @property
     def all_parameters(self) -> tuple[str, ...]:
         return ("profile", *self.parameters, *(name for name in SHARED if name != "profile"))
+
+    @property
+    def closure(self) -> Closure:
+        """The code and the libraries whose change makes earlier output stale."""
+        return closure((self.module or f"steps.{self.name}", *self.copies))
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def plan(step: Step, request: Request, store: Store) -> Plan:
         "step": step.name,
         "settings": step.settings(request),
         "inputs": {name: given.digest for name, given in inputs.items()},
-        "code": code_digest(step.code),
+        "code": step.closure.hashes(),
         "libraries": library_versions(step),
     }
     return Plan(step, request, inputs, parts, key_of(parts))
@@ -321,27 +327,7 @@ def figures(report: Any) -> dict[str, float]:
     }
 
 
-@lru_cache
-def code_digest(parts: tuple[str, ...]) -> str:
-    """sha256 over the project's source files at the given paths (files or folders)."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        path = ROOT / part
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in files:
-            digest.update(f"{file.relative_to(ROOT).as_posix()}\0{sha256_of_file(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def library_versions(*steps: Step) -> dict[str, str]:
     """The libraries that decide what some steps make, with the versions installed here."""
-    return {name: _version(name) for step in steps for name in step.libraries}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    names = {name for step in steps for name in (*step.closure.libraries, *step.libraries)}
+    return {name: version_of(name) for name in sorted(names)}

@@ -193,8 +193,7 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/evaluate.py", "phi3_mlflow/evaluation"),
-    libraries=("onnxruntime-genai", "transformers", "torch", "mlflow"),
+    libraries=("onnxruntime",),  # what onnxruntime-genai computes with
     after=after,
 )
 

@@ -75,8 +75,7 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/export.py", "phi3_mlflow/genai", "phi3_mlflow/checkpoints"),
-    libraries=("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
+    libraries=("onnxruntime",),  # what onnxruntime-genai computes with
 )
 
 if __name__ == "__main__":

@@ -160,8 +160,6 @@ STEP = Step(
     inputs=lambda request, store: {},
     settings=settings,
     work=work,
-    code=("steps/fetch.py", "phi3_mlflow/sources", "phi3_mlflow/checkpoints"),
-    libraries=("gguf", "safetensors", "tokenizers"),
     after=write_lock_file,
     foresee=foresee,
 )

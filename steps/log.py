@@ -203,8 +203,11 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/log.py", "phi3_mlflow/flavors", "phi3_mlflow/recipe.py"),
-    libraries=("mlflow", "onnxruntime-genai", "transformers"),
+    copies=(
+        "phi3_mlflow.flavors.chat_model",
+        "phi3_mlflow.flavors.prompt_model",
+        "phi3_mlflow.flavors.serving.front",
+    ),
     still_there=still_there,
 )
 

@@ -57,7 +57,6 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/promote.py", "phi3_mlflow/registry.py"),
     always=True,
     light=True,
 )

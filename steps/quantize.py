@@ -95,8 +95,6 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/quantize.py", "phi3_mlflow/quantization", "phi3_mlflow/checkpoints"),
-    libraries=("numpy", "torch", "safetensors"),
     foresee=foresee,
 )
 

@@ -104,7 +104,6 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/register.py",),
     still_there=still_there,
     after=after,
     light=True,

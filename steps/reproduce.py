@@ -122,7 +122,6 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=("steps/reproduce.py", "phi3_mlflow/reproduction.py"),
     always=True,
 )
 

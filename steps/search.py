@@ -35,15 +35,7 @@ from phi3_mlflow.step import (
 from phi3_mlflow.store import Store
 from steps import export, quantize
 
-CODE = (
-    "steps/search.py",
-    *quantize.STEP.code,
-    *export.STEP.code,
-    "phi3_mlflow/evaluation/divergence.py",
-    "phi3_mlflow/evaluation/logits.py",
-    "phi3_mlflow/evaluation/speed.py",
-)
-LIBRARIES = tuple(sorted({*quantize.STEP.libraries, *export.STEP.libraries}))
+LIBRARIES = export.STEP.libraries
 
 
 def inputs(request: Request, store: Store) -> dict[str, Input]:
@@ -196,7 +188,7 @@ def candidate(name: str) -> Step:
         inputs=inputs,
         settings=settings,
         work=work,
-        code=CODE,
+        module=__name__ if __name__ != "__main__" else "steps.search",
         libraries=LIBRARIES,
         light=True,
     )
@@ -231,7 +223,6 @@ STEP = Step(
     inputs=inputs,
     settings=settings,
     work=work,
-    code=(*CODE, "phi3_mlflow/quantization/search.py"),
     libraries=LIBRARIES,
 )
 

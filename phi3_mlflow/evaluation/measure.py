@@ -7,13 +7,13 @@ or the code changed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi3_mlflow import console
+from phi3_mlflow.code_keys import closure, version_of
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
@@ -34,16 +34,9 @@ SAMPLE = Question.model_validate(
 )
 """Asked of every version and shown to whoever started the run; it does not count."""
 
-MEASURING_CODE = tuple(
-    f"phi3_mlflow/evaluation/{name}.py"
-    for name in (
-        *("answers", "checks", "datasets", "divergence", "logits", "measure", "measurement"),
-        *("needles", "rows", "statistics"),
-    )
-)
-"""What decides the figures. The gate and the report only look at them."""
+LIBRARIES = ("onnxruntime",)
+"""Decides figures behind onnxruntime-genai, which is imported."""
 
-LIBRARIES = ("onnxruntime-genai", "transformers", "torch", "mlflow")
 BATCH_TOKENS = 1024
 _TEMPLATE_ROOM = 64  # tokens that a chat template adds to a long prompt, at most
 
@@ -101,15 +94,14 @@ def measured(
     Returns:
         The measurement, and whether it was there already.
     """
-    from phi3_mlflow.step import code_digest
-
+    measuring = closure((__name__,))
     parts = {
         "content": content or model_uri,
         "reference": reference_digest,
         "sets": sets.digests(),
         "window": window,
-        "code": code_digest(MEASURING_CODE),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "code": measuring.hashes(),
+        "libraries": {name: version_of(name) for name in (*measuring.libraries, *LIBRARIES)},
     }
     key = key_of(parts)
     with store.locked("measure", key):

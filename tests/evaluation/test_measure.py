@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from phi3_mlflow.code_keys import closure
 from phi3_mlflow.evaluation import measure
-from phi3_mlflow.evaluation.measure import MEASURING_CODE, Sets, measured
+from phi3_mlflow.evaluation.measure import Sets, measured
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
-from phi3_mlflow.step import ROOT
 from phi3_mlflow.store import Store
 from tests.evaluation.measurements import measurement
 
@@ -72,7 +72,7 @@ def test_what_differs_is_measured_and_does_not_take_its_place(again: Any, change
 
 def test_other_code_or_libraries_measure_again(again: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     again()
-    monkeypatch.setattr("phi3_mlflow.step.code_digest", lambda parts: "other")
+    monkeypatch.setattr("phi3_mlflow.code_keys.Closure.hashes", lambda closure: {"a.py": "other"})
     assert not again()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     assert not again()
@@ -99,5 +99,9 @@ def test_needles_count_as_far_as_they_fit_the_model() -> None:
     assert short.digests() == Sets([QUESTION], TEXTS).digests() != long.digests()
 
 
-def test_the_code_that_decides_the_figures_is_there() -> None:
-    assert [part for part in MEASURING_CODE if not (ROOT / part).is_file()] == []
+def test_the_code_that_decides_the_figures_counts() -> None:
+    counted = closure((measure.__name__,)).modules
+    for name in ("answers", "checks", "datasets", "divergence", "logits", "measurement", "rows"):
+        assert f"phi3_mlflow.evaluation.{name}" in counted
+    # The gate and the report only look at the figures.
+    assert not {"phi3_mlflow.evaluation.gate", "phi3_mlflow.evaluation.report.build"} & {*counted}
