@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 from _result import write_result  # noqa: E402
 
+from phi3_mlflow.artifacts.cache import Store  # noqa: E402
 from phi3_mlflow.evaluation import datasets  # noqa: E402
 from phi3_mlflow.evaluation.divergence import batches, tokenize  # noqa: E402
 from phi3_mlflow.evaluation.logits import LogitSource, open_logits  # noqa: E402
-from phi3_mlflow.store import Store  # noqa: E402
 
 WINDOWS = (16, 64, 256)
 BATCH_TOKENS = 1024

@@ -19,14 +19,14 @@ sys.path.insert(0, str(ROOT))
 
 from _result import Cell, write_result  # noqa: E402
 
-from phi3_mlflow.errors import EXIT_DONE, EXIT_GATE  # noqa: E402
+from phi3_mlflow.artifacts.cache import Store  # noqa: E402
+from phi3_mlflow.core.errors import EXIT_DONE, EXIT_GATE  # noqa: E402
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer, read_answers  # noqa: E402
 from phi3_mlflow.evaluation.divergence import read_scores  # noqa: E402
 from phi3_mlflow.evaluation.figures import label, write  # noqa: E402
 from phi3_mlflow.evaluation.statistics import wilson  # noqa: E402
-from phi3_mlflow.step import read_record, slot  # noqa: E402
-from phi3_mlflow.store import Store  # noqa: E402
-from phi3_mlflow.tracking import connect  # noqa: E402
+from phi3_mlflow.pipeline.step import read_record, slot  # noqa: E402
+from phi3_mlflow.tracking.runs import connect  # noqa: E402
 
 PROFILE = "smollm2-135m"
 OF_TEXTS = ("perplexity", "perplexity_reference", "kl_mean", "top1_agreement")

@@ -1,74 +1,9 @@
-"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat page.
+"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat page."""
 
-    mlflow run . -e serve -P profile=smollm2-135m
-    python -m steps.serve --model-uri models:/smollm2-135m@champion --port 8000
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-         -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
-
-Serves the version that the alias `champion` of the profile's registered model points to, and takes
-up another one when the alias moves. On any other address than this machine's own an API key is
-needed, in the environment as PHI3_MLFLOW_API_KEY. Ends with Ctrl-C or SIGTERM, after the answers
-that are under way. docs/serving.md has the rest.
-"""
-
-from __future__ import annotations
-
-import os
-
-from phi3_mlflow import console
-from phi3_mlflow.cli import command
-from phi3_mlflow.params import Request
-from phi3_mlflow.server.settings import Settings
-from phi3_mlflow.tracking import summary_line
-
-PARAMETERS = (
-    "profile", "model_uri", "host", "port", "running", "batch", "waiting",
-    "request_limit_s", "body_limit_kb", "trace", "quiet",
-)  # fmt: skip
-
-
-def main(request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    settings = Settings.read({name: request.value(name) for name in PARAMETERS})
-    uri = model_uri(request)
-    serve(uri, settings)
-    print(summary_line(step="serve", status="done", model=uri), flush=True)
-
-
-def model_uri(request: Request) -> str:
-    """The model to serve: the one that was named, or the profile's champion."""
-    if not request.is_auto("model_uri"):
-        return request.value("model_uri")
-    return f"models:/{request.profile.registered_model}@champion"
-
-
-def serve(uri: str, settings: Settings) -> None:
-    """Load the model, then listen."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    from phi3_mlflow import registry
-    from phi3_mlflow.server.app import create_app
-    from phi3_mlflow.server.holder import Holder, load, resolve
-    from phi3_mlflow.server.run import run
-
-    client = registry.client()
-    console.say(f"Loading {uri} ...")
-    holder = Holder(
-        lambda: resolve(uri, client),
-        lambda target: load(target, settings.batch),
-        follow_s=settings.follow_s,
-    )
-    app = create_app(settings, holder, uri)
-
-    def ready(address: str) -> None:
-        now = holder.current
-        console.say(
-            f"{now.name} version {now.version} at {address} "
-            f"(OpenAI base URL {address}/v1, chat page {address}/)"
-            + (", with API key" if settings.api_key else "")
-        )
-
-    run(app, settings, ready)
-
+from phi3_mlflow.pipeline.command_line import command
+from phi3_mlflow.stages import serve
 
 if __name__ == "__main__":
-    command("serve", PARAMETERS, __doc__, main).main(prog_name="python -m steps.serve")
+    command("serve", serve.PARAMETERS, serve.__doc__, serve.main).main(
+        prog_name="python -m steps.serve"
+    )

@@ -125,7 +125,7 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, st
 
 
 def _output(place: Workspace, step: str) -> Path:
-    from phi3_mlflow.store import Store
+    from phi3_mlflow.artifacts.cache import Store
 
     entry = Store(place.cache).latest("smollm2-135m", step)
     assert entry is not None, f"{step} left nothing"

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow import code_keys
-from phi3_mlflow.code_keys import NEUTRAL_LIBRARIES, NEUTRAL_MODULES, SOURCE, closure
+from phi3_mlflow.artifacts import code_keys
+from phi3_mlflow.artifacts.code_keys import NEUTRAL_LIBRARIES, NEUTRAL_MODULES, SOURCE, closure
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 
@@ -25,7 +25,8 @@ STEPS = (
 
 
 def roots(step: str) -> tuple[str, ...]:
-    return (f"steps.{step}", *importlib.import_module(f"steps.{step}").STEP.copies)
+    name = f"phi3_mlflow.stages.{step}"
+    return (name, *importlib.import_module(name).STEP.copies)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_touching_what_a_step_runs_changes_its_key_and_nothing_else_does(
     step: str, copied: Path
 ) -> None:
     before = hashes(step, copied)
-    assert f"steps/{step}.py" in before
+    assert f"phi3_mlflow/stages/{step}.py" in before
     for file in sorted(copied.rglob("*")):
         if not file.is_file() or file.suffix == ".pyc":
             continue
@@ -66,14 +67,14 @@ def test_export_follows_the_packing_that_it_shares_with_quantize() -> None:
         assert f"phi3_mlflow.quantization.{module}" in export
         assert f"phi3_mlflow.quantization.{module}" in quantize
     assert "phi3_mlflow.evaluation.measure" in closure(roots("search")).modules
-    assert "phi3_mlflow.card" in closure(roots("log")).modules
-    assert "phi3_mlflow.provenance" in export
+    assert "phi3_mlflow.stages.card" in closure(roots("log")).modules
+    assert "phi3_mlflow.artifacts.provenance" in export
 
 
 def test_what_is_copied_into_a_logged_model_counts() -> None:
     counted = closure(roots("log")).files
-    serving = SOURCE / "phi3_mlflow" / "flavors" / "serving"
-    copied = [*serving.glob("*.py"), *serving.parent.glob("*_model.py")]
+    runtime = SOURCE / "phi3_mlflow" / "runtime"
+    copied = [*runtime.glob("*.py"), *(SOURCE / "phi3_mlflow" / "flavors").glob("*_model.py")]
     assert {file.relative_to(SOURCE).as_posix() for file in copied} <= {*counted}
 
 
@@ -149,9 +150,9 @@ def test_what_a_step_really_loads_is_counted_or_named_neutral(tmp_path: Path) ->
     script = (
         "import atexit, importlib, json, sys\n"
         "name, options = sys.argv[1], sys.argv[2:]\n"
-        "module = importlib.import_module(f'steps.{name}')\n"
-        "from phi3_mlflow.params import read_request\n"
-        "from phi3_mlflow.step import carry_out\n"
+        "module = importlib.import_module(f'phi3_mlflow.stages.{name}')\n"
+        "from phi3_mlflow.config.parameters import read_request\n"
+        "from phi3_mlflow.pipeline.step import carry_out\n"
         "values = dict(zip(options[::2], options[1::2]))\n"
         "carry_out(module.STEP, read_request(module.STEP.all_parameters, values))\n"
         "print('LOADED ' + json.dumps([n for n in sys.modules if n.startswith('phi3_mlflow')]))\n"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import UserError
-from phi3_mlflow.manifests import FileEntry, Manifest
+from phi3_mlflow.artifacts.manifests import FileEntry, Manifest
+from phi3_mlflow.core.errors import UserError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import EXIT_BAD_INPUT, UserError
-from phi3_mlflow.params import PARAMETERS, read_request
-from phi3_mlflow.profiles import load_profile, profile_names
+from phi3_mlflow.config.parameters import PARAMETERS, read_request
+from phi3_mlflow.config.profile import load_profile, profile_names
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
 
 GOOD = {
     "description": "a model",

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import EXIT_BAD_INPUT, EnvironmentProblem, GateRefused, UserError
-from phi3_mlflow.registry import CHAMPION, VersionName, promote, rollback
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EnvironmentProblem, GateRefused, UserError
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.registry import CHAMPION, VersionName, promote, rollback
 from tests.conftest import ROOT, Workspace
 from tests.fixtures.postgres import missing_postgres, running_postgres
 
@@ -132,8 +132,8 @@ class TestOneAtATime:
 PROMOTE = """
 import sys, time
 from pathlib import Path
-from phi3_mlflow import registry
-from phi3_mlflow.cli import guarded
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.pipeline.command_line import guarded
 version = registry.VersionName("m", sys.argv[1])
 registry.describe(version)  # connected, and everything imported
 Path(sys.argv[3]).touch()

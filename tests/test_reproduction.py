@@ -11,17 +11,17 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from phi3_mlflow import registry
-from phi3_mlflow.cli import step_command
-from phi3_mlflow.errors import EXIT_BAD_INPUT, EXIT_DIFFERENT, UserError
-from phi3_mlflow.manifests import FileEntry, Manifest, sha256_of_file
-from phi3_mlflow.params import read_request
-from phi3_mlflow.profiles import load_profile, profile_names
-from phi3_mlflow.provenance import write_provenance
-from phi3_mlflow.recipe import METADATA_KEY, Recipe, recipe_of
-from phi3_mlflow.reproduction import Code, changed_libraries, code_at, write_profile
-from phi3_mlflow.step import ROOT
-from steps import quantize, reproduce
+from phi3_mlflow.artifacts.manifests import FileEntry, Manifest, sha256_of_file
+from phi3_mlflow.artifacts.provenance import write_provenance
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.config.profile import load_profile, profile_names
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EXIT_DIFFERENT, UserError
+from phi3_mlflow.pipeline.command_line import step_command
+from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe, recipe_of
+from phi3_mlflow.pipeline.reproduction import Code, changed_libraries, code_at, write_profile
+from phi3_mlflow.pipeline.step import ROOT
+from phi3_mlflow.stages import quantize, reproduce
+from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures import tiny_line
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import EnvironmentProblem
-from phi3_mlflow.store import Store, cache_root, key_of
+from phi3_mlflow.artifacts.cache import Store, cache_root, key_of
+from phi3_mlflow.core.errors import EnvironmentProblem
 
 KEY = "0" * 40
 json_values = st.recursive(
@@ -195,7 +195,7 @@ def test_what_cannot_be_marked_as_used_is_still_whole(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("phi3_mlflow.store._write_json", full)
+    monkeypatch.setattr("phi3_mlflow.artifacts.cache._write_json", full)
     assert store.find("quantize", KEY) is not None
 
 
@@ -208,7 +208,7 @@ def test_too_many_open_files_do_not_cost_an_output(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr("phi3_mlflow.store._stamps", exhausted)
+        patched.setattr("phi3_mlflow.artifacts.cache._stamps", exhausted)
         with pytest.raises(EnvironmentProblem, match="Too many open files"):
             store.find("quantize", KEY)
     assert store.find("quantize", KEY) is not None

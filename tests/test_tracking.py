@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.tracking import close_dead_runs
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.runs import close_dead_runs
 from tests.conftest import Workspace
 
 DAY_MS = 86_400_000

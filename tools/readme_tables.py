@@ -170,7 +170,7 @@ def summary_of(root: Path, entry_point: str) -> str:
 
 def meaning_of(parameter: str) -> str:
     """A parameter's meaning, from the list that `--help` uses too."""
-    from phi3_mlflow.params import PARAMETERS
+    from phi3_mlflow.config.parameters import PARAMETERS
 
     known = PARAMETERS.get(parameter)
     if known is None:
@@ -213,8 +213,8 @@ def names_of(some: Sequence[str], every: Sequence[str]) -> str:
 
 
 def profiles_table(root: Path) -> str:
-    from phi3_mlflow.errors import UserError
-    from phi3_mlflow.profiles import load_profile
+    from phi3_mlflow.config.profile import load_profile
+    from phi3_mlflow.core.errors import UserError
 
     rows = []
     for path in sorted((root / "configs").glob("*.yaml")):

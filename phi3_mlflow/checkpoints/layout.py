@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

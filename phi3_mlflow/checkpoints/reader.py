@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints.safetensors_header import read_header
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import CheckpointRefused, problem_list
+from phi3_mlflow.core.errors import CheckpointRefused, problem_list
 
 CONFIGURATIONS = (
     "config.json",

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_mlflow.errors import CheckpointRefused, problem_list
+from phi3_mlflow.core.errors import CheckpointRefused, problem_list
 
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation

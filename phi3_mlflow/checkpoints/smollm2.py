@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ from typing import Any
 
 from phi3_mlflow.checkpoints.configuration import is_count
 from phi3_mlflow.checkpoints.layout import parse_json
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 
 TOKENIZER = "tokenizer.json"
 # Embeddings are padded to round sizes; beyond that the tokenizer belongs to another model.

@@ -20,7 +20,7 @@ from phi3_mlflow.checkpoints.configuration import ARCHITECTURE, config_problems,
 from phi3_mlflow.checkpoints.remote_code import CONFIGURATIONS, remote_code_problems
 from phi3_mlflow.checkpoints.safetensors_header import TensorEntry, read_header
 from phi3_mlflow.checkpoints.tokenizer import tokenizer_problems, vocabulary_size
-from phi3_mlflow.errors import CheckpointRefused, problem_list
+from phi3_mlflow.core.errors import CheckpointRefused, problem_list
 
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 _MOST_PROBLEMS = 30

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.console import Progress
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.console import Progress
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.rows import Question
 from phi3_mlflow.evaluation.statistics import quantile
@@ -231,7 +231,7 @@ _asked: _Asked | None = None
 
 def _load(model_uri: str) -> float:
     global _asked
-    from phi3_mlflow.tracking import connect
+    from phi3_mlflow.tracking.runs import connect
 
     connect()
     start = time.monotonic()
@@ -246,7 +246,7 @@ def _ask(questions: list[Question]) -> list[Answer]:
 
 
 def _peak() -> int:
-    from phi3_mlflow.resources import peak_rss_bytes
+    from phi3_mlflow.core.meter import peak_rss_bytes
 
     return peak_rss_bytes()
 

@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow import console, registry
+from phi3_mlflow.core import console
 from phi3_mlflow.evaluation.answers import Answer, repeats
 from phi3_mlflow.evaluation.checks import check_answer, describe
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.rows import Question
-from phi3_mlflow.profiles import JudgeSettings
+from phi3_mlflow.evaluation.settings import JudgeSettings
+from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +66,7 @@ def log_answers(
     """
     import mlflow
 
-    from phi3_mlflow.tracking import child_run
+    from phi3_mlflow.tracking.runs import child_run
 
     model_id = registry.logged_model_id(version)
     asked = {question.id: question for question in questions}

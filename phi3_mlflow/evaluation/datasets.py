@@ -33,7 +33,7 @@ from urllib.request import url2pathname
 
 from pydantic import BaseModel, ValidationError
 
-from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.evaluation.checks import (
     ExactCheck,
     JsonCheck,

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow import console, registry
-from phi3_mlflow.errors import ProjectError
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.profile import Profile
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.evaluation.gate import TIMED, Verdict, against_champion, judge
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measure import Sets, long_prompts, measured
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
-from phi3_mlflow.profiles import Profile
-from phi3_mlflow.store import Store
+from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

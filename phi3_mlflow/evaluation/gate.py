@@ -21,8 +21,8 @@ from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.divergence import TextScore
 from phi3_mlflow.evaluation.figures import FIGURES, label, write
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.settings import Bound, Margin
 from phi3_mlflow.evaluation.statistics import Interval, mcnemar, paired_ratio
-from phi3_mlflow.profiles import Bound, Margin
 
 Decision = Literal["promote", "keep", "refuse"]
 State = Literal["better", "not worse", "undecided", "worse"]

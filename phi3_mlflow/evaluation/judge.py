@@ -18,9 +18,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow import console
-from phi3_mlflow.errors import EnvironmentProblem, UserError
-from phi3_mlflow.profiles import JudgeSettings
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.evaluation.settings import JudgeSettings
 
 if TYPE_CHECKING:
     import pandas

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

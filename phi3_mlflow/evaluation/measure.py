@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi3_mlflow import console
-from phi3_mlflow.code_keys import closure, version_of
+from phi3_mlflow.artifacts.cache import Store, key_of
+from phi3_mlflow.artifacts.code_keys import closure, version_of
+from phi3_mlflow.core import console
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
@@ -21,7 +22,6 @@ from phi3_mlflow.evaluation.logits import find_model, local_files, open_logits
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
-from phi3_mlflow.store import Store, key_of
 
 SAMPLE = Question.model_validate(
     {

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation.datasets import load_calibration, load_heldout
 from phi3_mlflow.evaluation.rows import Needle
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.console import Progress
+from phi3_mlflow.core.console import Progress
 from phi3_mlflow.evaluation.rows import Question
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import packing
 from phi3_mlflow.flavors.packing import Contract
 
@@ -45,7 +45,7 @@ def log_onnx(
         name: of the logged model, and of the `model` in its answers unless `model_config` says
             otherwise.
         contract: `chat` answers MLflow's chat schema, `prompt` answers a text with a text.
-        model_config: values of `serving.answerer.Config`; all can be overridden when loading.
+        model_config: values of `runtime.answerer.Config`; all can be overridden when loading.
         metadata: goes into the MLmodel file.
         tags, params: of the LoggedModel.
         input_example: a request; default: one of the contract's own.

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -18,7 +18,7 @@ Contract = Literal["chat", "prompt"]
 Flavor = Literal["onnx", "transformers"]
 
 _HERE = Path(__file__).parent
-_SERVING = "serving"
+_RUNTIME = "runtime"
 _REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "onnx": ("mlflow", "numpy", "onnxruntime-genai", "onnxruntime"),
     # MLflow's transformers flavor loads with accelerate; a text model has no use for torchvision.
@@ -103,7 +103,7 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a value is unknown or of the wrong kind.
     """
-    from phi3_mlflow.flavors.serving.answerer import Config
+    from phi3_mlflow.runtime.answerer import Config
 
     try:
         return asdict(Config.read(values))
@@ -122,11 +122,11 @@ def code_file(contract: Contract) -> Path:
 
 
 def copy_code(contract: Contract, folder: Path) -> None:
-    """Put the code that answers into a model's folder: the models-from-code file and `serving`."""
+    """Put the code that answers into a model's folder: the models-from-code file and `runtime`."""
     shutil.copyfile(code_file(contract), folder / code_file(contract).name)
-    target = folder / _SERVING
+    target = folder / _RUNTIME
     target.mkdir()
-    for file in sorted((_HERE / _SERVING).glob("*.py")):
+    for file in sorted((_HERE.parent / _RUNTIME).glob("*.py")):
         shutil.copyfile(file, target / file.name)
 
 

@@ -1,9 +1,9 @@
 """The models-from-code file of the plain contract, a text in and a text out.
 
-It is copied into the logged model together with the folder `serving`, which lies next to it there
-as it does here. MLflow's own way to bring modules along, `code_paths`, puts them on `sys.path`
-under their plain names, so a process that loads two versions of a model (a champion beside its
-challenger) would run the code of the first for both. Here each load gets modules of its own.
+It is copied into the logged model together with the folder `runtime`, which lies next to it there.
+MLflow's own way to bring modules along, `code_paths`, puts them on `sys.path` under their plain
+names, so a process that loads two versions of a model (a champion and its challenger) would run the
+code of the first for both. Here each load gets modules of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from types import ModuleType
 from mlflow.models import set_model
 
 
-def _serving() -> ModuleType:
-    folder = Path(__file__).with_name("serving")
-    name = f"{__name__}_serving"  # MLflow runs this file under a name that is new each time
+def _runtime() -> ModuleType:
+    here = Path(__file__).parent
+    beside = here / "runtime"  # in a logged model; in the project it is one folder up
+    folder = beside if beside.is_dir() else here.parent / "runtime"
+    name = f"{__name__}_runtime"  # MLflow runs this file under a name that is new each time
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -31,4 +33,4 @@ def _serving() -> ModuleType:
     return importlib.import_module(f"{name}.front")
 
 
-set_model(_serving().ChatFront("prompt"))
+set_model(_runtime().ChatFront("prompt"))

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import packing
 
 if TYPE_CHECKING:

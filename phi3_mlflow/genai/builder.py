@@ -15,9 +15,9 @@ import onnx_ir as ir
 from onnxruntime_genai.models.builders.phi import Phi3MiniLongRoPEModel, Phi3MiniModel
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
+from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.genai.embedding import quantized_embedding
 from phi3_mlflow.genai.lazy import LazyArray, LazyWeights
-from phi3_mlflow.quantization.progress import Progress
 
 _TYPES = {
     "float32": ir.DataType.FLOAT,

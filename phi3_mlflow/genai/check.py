@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import ProjectError, problem_list
+from phi3_mlflow.core.errors import ProjectError, problem_list
 from phi3_mlflow.genai.export import DATA_FILE, MODEL_FILE
 from phi3_mlflow.quantization.settings import QuantizationSettings
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
-from phi3_mlflow.errors import CheckpointRefused, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, UserError
+from phi3_mlflow.core.progress import Progress, no_progress
 from phi3_mlflow.quantization.plan import check_architecture
-from phi3_mlflow.quantization.progress import Progress, no_progress
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

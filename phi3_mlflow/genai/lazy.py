@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
     import numpy as np

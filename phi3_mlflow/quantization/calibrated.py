@@ -16,11 +16,11 @@ import torch
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.writer import CheckpointWriter
+from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.gptq import gptq
 from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, Plan
-from phi3_mlflow.quantization.progress import Meter
 from phi3_mlflow.quantization.quantize import CHUNK_WEIGHTS, copy_tensor, write_linear
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
 from phi3_mlflow.quantization.settings import QuantizationSettings

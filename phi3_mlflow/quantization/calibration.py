@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.quantization.settings import QuantizationSettings
 
 if TYPE_CHECKING:

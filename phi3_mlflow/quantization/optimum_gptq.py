@@ -14,10 +14,10 @@ from typing import Any
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.checkpoints.writer import CheckpointWriter
-from phi3_mlflow.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.core.progress import Progress, no_progress
 from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, make_plan
-from phi3_mlflow.quantization.progress import Progress, no_progress
 from phi3_mlflow.quantization.quantize import (
     QuantizationReport,
     copy_companions,

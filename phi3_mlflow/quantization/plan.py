@@ -14,7 +14,7 @@ from typing import Any
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.writer import Announced
-from phi3_mlflow.errors import CheckpointRefused, UserError, problem_list
+from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
 from phi3_mlflow.quantization.settings import BLOCK_SIZES, PROJECTIONS, QuantizationSettings
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
-from phi3_mlflow.errors import EnvironmentProblem, problem_list
+from phi3_mlflow.core.errors import EnvironmentProblem, problem_list
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
 from phi3_mlflow.quantization.settings import QuantizationSettings
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.checkpoints.writer import CheckpointWriter
+from phi3_mlflow.core.progress import Meter, Progress, no_progress
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
-from phi3_mlflow.quantization.progress import Meter, Progress, no_progress
 from phi3_mlflow.quantization.settings import QuantizationSettings
 
 if TYPE_CHECKING:

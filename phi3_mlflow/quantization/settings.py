@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from phi3_mlflow.core.section import Section
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -16,7 +18,7 @@ Matrix = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
 BlockSize = Literal[16, 32, 64, 128, 256]
 
 
-class QuantizationSettings(BaseModel):
+class QuantizationSettings(Section):
     """The settings of one quantization; equal settings and checkpoints give equal bytes.
 
     Attributes:
@@ -51,8 +53,6 @@ class QuantizationSettings(BaseModel):
         backend: who runs `gptq`: `streaming` is this project's, a layer in memory at a time;
             `optimum` is optimum.gptq, which holds the whole model and needs gptqmodel.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithm: Algorithm = "k_quant_mixed"
     block_size: BlockSize = 32
@@ -144,3 +144,48 @@ class QuantizationSettings(BaseModel):
         if self.head == "auto":
             return 8 if self.projections_in_int8() else 4
         return int(self.head.removeprefix("int"))
+
+
+class Budget(Section):
+    """What a candidate must keep to; None does not limit."""
+
+    data_bytes: int | None = Field(default=None, gt=0, description="of model.onnx.data at most")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="at least")
+    kl_mean: float | None = Field(default=None, ge=0, description="at most")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="at least")
+
+    def excess(self, found: Measurement) -> list[str]:
+        """What a candidate fails, each as a sentence with by how much; empty when it fits."""
+        reasons = []
+        if self.data_bytes is not None and found.data_bytes > self.data_bytes:
+            over = found.data_bytes - self.data_bytes
+            reasons.append(f"{over:,} bytes over the budget of {self.data_bytes:,}")
+        slow = self.tokens_per_second
+        if slow is not None and found.tokens_per_second < slow:
+            reasons.append(f"{found.tokens_per_second:.1f} tokens/s, at least {slow:g} wanted")
+        if self.kl_mean is not None and found.kl_mean > self.kl_mean:
+            reasons.append(f"divergence {found.kl_mean:.4f}, at most {self.kl_mean:g} wanted")
+        agree = self.top1_agreement
+        if agree is not None and found.top1_agreement < agree:
+            reasons.append(f"top-1 agreement {found.top1_agreement:.3f}, at least {agree:g} wanted")
+        return reasons
+
+
+def _default_candidates() -> dict[str, QuantizationSettings]:
+    return {
+        name: QuantizationSettings(algorithm=name) for name in ("rtn", "k_quant", "k_quant_mixed")
+    }
+
+
+class SearchSettings(Section):
+    """The quantizations that `algorithm: search` tries, and what the one it keeps must keep to."""
+
+    on: bool = Field(
+        default=False, description="try the candidates; the same as quantization.algorithm: search"
+    )
+    candidates: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,59}$")], QuantizationSettings
+    ] = Field(
+        default_factory=_default_candidates, min_length=1, description="name: quantization settings"
+    )
+    budget: Budget = Budget()

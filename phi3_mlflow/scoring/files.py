@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation.datasets import without_nulls
 from phi3_mlflow.scoring.rows import COLUMNS, INPUT_COLUMNS, Result, Row, make_row, read_json, shown
 

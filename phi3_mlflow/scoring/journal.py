@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.scoring.rows import Result
 
 FORMAT = 1

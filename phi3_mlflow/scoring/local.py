@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.scoring.rows import Result
 from phi3_mlflow.scoring.worker import Ask, score
 

@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from phi3_mlflow import console
-from phi3_mlflow.errors import EnvironmentProblem, UserError
-from phi3_mlflow.manifests import sha256_of_file
+from phi3_mlflow.artifacts.manifests import sha256_of_file
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.scoring.files import RowFile, open_rows
 from phi3_mlflow.scoring.journal import Journal
 from phi3_mlflow.scoring.local import Batch, LocalEngine, Scored, cores, fitting_workers

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.scoring.local import Batch, Scored
 from phi3_mlflow.scoring.rows import COLUMNS, Result
 from phi3_mlflow.scoring.worker import Ask, score

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phi3_mlflow.flavors.serving import live
-from phi3_mlflow.flavors.serving import request as contract_rules
-from phi3_mlflow.flavors.serving.text import StopFinder
+from phi3_mlflow.runtime import live
+from phi3_mlflow.runtime import request as contract_rules
+from phi3_mlflow.runtime.text import StopFinder
 from phi3_mlflow.server.errors import ApiError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.server.backend import Backend, backend_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def resolve(uri: str, client: Any = None) -> Target:
 
     name, alias, version = found.groups()
     if client is None:
-        from phi3_mlflow import registry
+        from phi3_mlflow.tracking import registry
 
         client = registry.client()
     try:

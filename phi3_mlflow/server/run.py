@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.server.settings import Settings
 
 

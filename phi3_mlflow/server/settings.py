@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.core.errors import UserError, problem_list
 
 KEY_VARIABLE = "PHI3_MLFLOW_API_KEY"
 DEBUG_VARIABLE = "PHI3_MLFLOW_SERVE_DEBUG"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError, problem_list
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.sources.digests import FileDigest, copy_with_digest
 from phi3_mlflow.sources.transfer import Deadline, RetryPolicy
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from phi3_mlflow.errors import EnvironmentProblem, ProjectError, UserError, problem_list
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.remote_code import CONFIGURATIONS, refuse_remote_code
-from phi3_mlflow.errors import CheckpointRefused, EnvironmentProblem, ProjectError, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,

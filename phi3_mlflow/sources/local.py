@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from phi3_mlflow.checkpoints import layout
-from phi3_mlflow.errors import CheckpointRefused, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.sources.common import FetchedSource, Job, check_lock_names, require_room
 from phi3_mlflow.sources.digests import (
     Expected,

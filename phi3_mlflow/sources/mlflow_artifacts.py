@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints import layout
-from phi3_mlflow.errors import CheckpointRefused, EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
 from phi3_mlflow.sources.common import FetchedSource, Job, require_room
 from phi3_mlflow.sources.local import take_directory
 from phi3_mlflow.sources.spec import MlflowSource

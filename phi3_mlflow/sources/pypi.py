@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from phi3_mlflow.errors import CheckpointRefused, EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from phi3_mlflow.errors import UserError, problem_list
+from phi3_mlflow.core.errors import UserError, problem_list
 
 ARTIFACT_SCHEMES = (
     "s3",

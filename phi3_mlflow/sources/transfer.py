@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from phi3_mlflow.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
 from phi3_mlflow.sources.digests import CHUNK, DigestingFile, Expected, FileDigest
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from phi3_mlflow.checkpoints.safetensors_header import TensorEntry, read_header, read_metadata
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 from tests.sources.raw_checkpoint import safetensors_bytes, with_header
 
 SAME_FILE = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

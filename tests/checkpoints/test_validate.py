@@ -12,7 +12,7 @@ import pytest
 from phi3_mlflow.checkpoints.configuration import expected_shapes
 from phi3_mlflow.checkpoints.remote_code import drop_remote_code, references_to_code
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
-from phi3_mlflow.errors import CheckpointRefused
+from phi3_mlflow.core.errors import CheckpointRefused
 from tests.fixtures.tiny_phi3 import ARCHITECTURES, make_tiny
 from tests.sources.raw_checkpoint import (
     safetensors_bytes,

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.evaluation.assessments import log_answers
 from phi3_mlflow.evaluation.gate import judge as judge_metrics
 from phi3_mlflow.evaluation.judge import check_judge
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.rows import Question
-from phi3_mlflow.profiles import Bound, JudgeSettings
-from phi3_mlflow.tracking import connect
+from phi3_mlflow.evaluation.settings import Bound, JudgeSettings
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.runs import connect
 from tests.conftest import Workspace, own_store
 from tests.evaluation.measurements import measurement
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from onnx import NodeProto
 
+from phi3_mlflow.config.profile import load_profile
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.gate import judge
 from phi3_mlflow.evaluation.measure import Sets, diverge, measure
 from phi3_mlflow.flavors.onnx import log_onnx
-from phi3_mlflow.profiles import load_profile
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.slow

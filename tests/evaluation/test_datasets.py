@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import checks, needles
 from phi3_mlflow.evaluation import datasets as ds
 from phi3_mlflow.evaluation.rows import CalibrationText, Needle, Question

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi3_mlflow.evaluation.gate import Verdict, against_champion, judge
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.profiles import METRICS, Bound, Margin
+from phi3_mlflow.evaluation.settings import METRICS, Bound, Margin
 from tests.evaluation.measurements import measurement
 
 numbers = st.floats(-1e6, 1e6)

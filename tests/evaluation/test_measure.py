@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from phi3_mlflow.code_keys import closure
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.code_keys import closure
 from phi3_mlflow.evaluation import measure
 from phi3_mlflow.evaluation.measure import Sets, measured
 from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
-from phi3_mlflow.store import Store
 from tests.evaluation.measurements import measurement
 
 FOUND = measurement([True, False])
@@ -72,7 +72,9 @@ def test_what_differs_is_measured_and_does_not_take_its_place(again: Any, change
 
 def test_other_code_or_libraries_measure_again(again: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     again()
-    monkeypatch.setattr("phi3_mlflow.code_keys.Closure.hashes", lambda closure: {"a.py": "other"})
+    monkeypatch.setattr(
+        "phi3_mlflow.artifacts.code_keys.Closure.hashes", lambda closure: {"a.py": "other"}
+    )
     assert not again()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     assert not again()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import GateRefused
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.config.profile import find_profile
+from phi3_mlflow.core.errors import GateRefused
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.params import read_request
-from phi3_mlflow.profiles import find_profile
-from phi3_mlflow.step import Outcome, carry_out
-from steps import evaluate, export, log, promote, quantize, register
+from phi3_mlflow.pipeline.step import Outcome, carry_out
+from phi3_mlflow.stages import evaluate, export, log, promote, quantize, register
+from phi3_mlflow.tracking import registry
 from tests.conftest import own_store
 
 pytestmark = pytest.mark.slow

@@ -9,15 +9,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from phi3_mlflow import registry
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.profile import load_profile
 from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
 from phi3_mlflow.evaluation.gate import Verdict, against_champion, judge
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.report.build import TEXTS_TAG, known_versions, write_report
 from phi3_mlflow.evaluation.rows import HeldoutText, Question
-from phi3_mlflow.profiles import Bound, Margin, load_profile
-from phi3_mlflow.registry import VersionName
-from phi3_mlflow.store import Store
+from phi3_mlflow.evaluation.settings import Bound, Margin
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.registry import VersionName
 from tests.conftest import Workspace, own_store
 from tests.evaluation.measurements import measurement
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from phi3_mlflow.flavors.serving.answerer import Answerer, Config
-from phi3_mlflow.flavors.serving.front import ChatFront
-from phi3_mlflow.flavors.serving.request import RequestError
-from phi3_mlflow.flavors.serving.turns import Turns
+from phi3_mlflow.runtime.answerer import Answerer, Config
+from phi3_mlflow.runtime.front import ChatFront
+from phi3_mlflow.runtime.request import RequestError
+from phi3_mlflow.runtime.turns import Turns
 
 END = 1
 

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi3_mlflow.flavors.onnx import log_onnx, rope_switch
-from phi3_mlflow.flavors.serving.answerer import Answerer, Config, onnx_engine
-from phi3_mlflow.flavors.serving.engine import Session, Settings, cuts
-from phi3_mlflow.flavors.serving.engine_batch import BatchEngine, BatchSession
-from phi3_mlflow.flavors.serving.engine_genai import GenaiEngine, GenaiSession
-from phi3_mlflow.flavors.serving.front import ChatFront
-from phi3_mlflow.flavors.serving.live import Abandoned, abandoned_by
-from phi3_mlflow.flavors.serving.rows import Graph
+from phi3_mlflow.runtime.answerer import Answerer, Config, onnx_engine
+from phi3_mlflow.runtime.engine import Session, Settings, cuts
+from phi3_mlflow.runtime.engine_batch import BatchEngine, BatchSession
+from phi3_mlflow.runtime.engine_genai import GenaiEngine, GenaiSession
+from phi3_mlflow.runtime.front import ChatFront
+from phi3_mlflow.runtime.live import Abandoned, abandoned_by
+from phi3_mlflow.runtime.rows import Graph
 from tests.flavors.conftest import CONTEXT, exported
 from tests.flavors.test_engines import CLOSE, _reference, _tokens
 
@@ -346,7 +346,7 @@ def test_a_model_that_cannot_be_batched_answers_in_turns(
 
 
 def _refuse(self: Graph) -> None:
-    from phi3_mlflow.flavors.serving.rows import NotForBatches
+    from phi3_mlflow.runtime.rows import NotForBatches
 
     raise NotForBatches("has three heads")
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from phi3_mlflow.flavors.onnx import rope_switch
-from phi3_mlflow.flavors.serving.engine import Engine, Settings, cuts
-from phi3_mlflow.flavors.serving.engine_genai import GenaiEngine
-from phi3_mlflow.flavors.serving.engine_torch import TorchEngine
+from phi3_mlflow.runtime.engine import Engine, Settings, cuts
+from phi3_mlflow.runtime.engine_genai import GenaiEngine
+from phi3_mlflow.runtime.engine_torch import TorchEngine
 from tests.flavors.conftest import CONTEXT, exported
 
 CLOSE = 2e-3  # float32 sums in another order, over thousands of positions

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from phi3_mlflow.flavors.serving.answerer import Config
-from phi3_mlflow.flavors.serving.engine import cuts
-from phi3_mlflow.flavors.serving.request import RequestError
-from phi3_mlflow.flavors.serving.turns import Turns
+from phi3_mlflow.runtime.answerer import Config
+from phi3_mlflow.runtime.engine import cuts
+from phi3_mlflow.runtime.request import RequestError
+from phi3_mlflow.runtime.turns import Turns
 from tests.flavors.scripted import ScriptedEngine, front
 
 

@@ -24,11 +24,11 @@ from mlflow.types.llm import (
     ChatCompletionResponse,
 )
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.packing import requirements
-from phi3_mlflow.flavors.serving.engine import LEAST_PIECE
 from phi3_mlflow.flavors.transformers import log_transformers
+from phi3_mlflow.runtime.engine import LEAST_PIECE
 
 SPAIN = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
 ATOM = (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.flavors.serving.request import (
+from phi3_mlflow.runtime.request import (
     Defaults,
     RequestError,
     parse_chat,

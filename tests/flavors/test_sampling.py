@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.flavors.serving.request import Sampling
-from phi3_mlflow.flavors.serving.sampling import Sampler
+from phi3_mlflow.runtime.request import Sampling
+from phi3_mlflow.runtime.sampling import Sampler
 
 
 def _sampling(**more: float) -> Sampling:

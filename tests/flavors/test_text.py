@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.flavors.serving.text import StopFinder
+from phi3_mlflow.runtime.text import StopFinder
 
 _letters = st.text(alphabet="ab", max_size=12)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.flavors.serving.vocabulary import Vocabulary
+from phi3_mlflow.runtime.vocabulary import Vocabulary
 
 
 def _text(vocabulary: Vocabulary, ids: list[int]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3_mlflow.errors import CheckpointRefused, ProjectError, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, ProjectError, UserError
 from phi3_mlflow.genai.check import check_export
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.quantization import packing

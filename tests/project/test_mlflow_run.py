@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from phi3_mlflow.provenance import content_manifest
-from phi3_mlflow.store import Store
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.provenance import content_manifest
 from tests.fixtures.postgres import free_port, missing_postgres, running_postgres
 from tests.fixtures.tiny_line import write_profile
 

@@ -59,7 +59,7 @@ def test_commands_start_a_script_with_every_declared_parameter(declared):
 
 
 def test_parameters_have_the_types_and_defaults_of_the_list(declared):
-    from phi3_mlflow.params import PARAMETERS
+    from phi3_mlflow.config.parameters import PARAMETERS
 
     for name, entry in declared.items():
         for parameter, spec in entry["parameters"].items():

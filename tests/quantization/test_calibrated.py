@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.quantization.calibrated import correct_drift, second_moments
 from phi3_mlflow.quantization.calibration import calibration_sequences, calibration_texts
 from phi3_mlflow.quantization.gptq import gptq

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import QuantizationSettings
 from tests.fixtures.tiny_phi3 import make_tiny

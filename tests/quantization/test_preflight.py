@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.quantization.preflight import available_memory, needs, preflight
 from phi3_mlflow.quantization.quantize import quantize_checkpoint

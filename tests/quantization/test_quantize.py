@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
-from phi3_mlflow.errors import CheckpointRefused, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import QuantizationSettings

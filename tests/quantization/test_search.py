@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
-from phi3_mlflow.quantization.search import Budget, Measurement, search
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.quantization.search import Measurement, search
+from phi3_mlflow.quantization.settings import Budget, QuantizationSettings
 
 SETTINGS = QuantizationSettings()
 

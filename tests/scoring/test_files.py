@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.scoring import files
 from phi3_mlflow.scoring.files import open_rows
 from phi3_mlflow.scoring.rows import COLUMNS, Result

@@ -15,7 +15,7 @@ import mlflow
 import psutil
 import pytest
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.flavors.packing import signature
 from phi3_mlflow.scoring.local import LocalEngine
 from phi3_mlflow.scoring.score import Order, inspect, score

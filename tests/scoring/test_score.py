@@ -13,11 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from phi3_mlflow.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.pipeline.step import ROOT
 from phi3_mlflow.scoring import score as scoring
 from phi3_mlflow.scoring.score import Model, Order, Outcome, score
 from phi3_mlflow.scoring.worker import row_seed
-from phi3_mlflow.step import ROOT
 from tests.scoring.conftest import questions, read_jsonl, write_jsonl
 from tests.scoring.killed import EchoEngine
 

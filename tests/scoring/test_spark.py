@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.scoring import spark
 from phi3_mlflow.scoring.local import LocalEngine
 from phi3_mlflow.scoring.score import Order, score

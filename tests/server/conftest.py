@@ -14,7 +14,7 @@ import openai
 import pytest
 import uvicorn
 
-from phi3_mlflow.flavors.serving.front import ChatFront
+from phi3_mlflow.runtime.front import ChatFront
 from phi3_mlflow.server.app import create_app
 from phi3_mlflow.server.context import Context
 from phi3_mlflow.server.holder import Holder, Loaded, Target

@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.server.holder import Holder, Loaded, Target, resolve
 from tests.conftest import Workspace
 from tests.flavors.scripted import ScriptedEngine, front

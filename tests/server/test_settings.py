@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from phi3_mlflow.errors import UserError
-from phi3_mlflow.params import PARAMETERS
+from phi3_mlflow.config.parameters import PARAMETERS
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.server.settings import KEY_VARIABLE, Settings
-from steps.serve import PARAMETERS as NAMES
+from phi3_mlflow.stages.serve import PARAMETERS as NAMES
 
 KEY = "sixteen-letters-at-least"
 

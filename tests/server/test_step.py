@@ -15,9 +15,9 @@ import openai
 import pytest
 from click.testing import CliRunner
 
-from phi3_mlflow.cli import command
-from phi3_mlflow.errors import EXIT_BAD_INPUT
-from steps import serve
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT
+from phi3_mlflow.pipeline.command_line import command
+from phi3_mlflow.stages import serve
 from tests.conftest import Workspace
 from tests.server.conftest import wait_for
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from phi3_mlflow.errors import ProjectError
+from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.sources import FetchedSource, RetryPolicy, fetch_source, parse_source
 from tests.sources.hub_server import COMMIT, REPO, HubServer, Reply, Request
 from tests.sources.raw_checkpoint import (

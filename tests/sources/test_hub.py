@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from phi3_mlflow.errors import CheckpointRefused, ProjectError, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, ProjectError, UserError
 from phi3_mlflow.sources import parse_source, resolve_revision, write_lock
 from phi3_mlflow.sources.common import empty
 from tests.sources.faults import SHARD, TOKEN, Scene, cut, expected_files, status

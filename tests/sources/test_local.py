@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.errors import CheckpointRefused, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.sources import FetchedSource, fetch_source, parse_source, resolve_revision
 from tests.sources.faults import CountingBar
 from tests.sources.raw_checkpoint import tiny_checkpoint, write_files

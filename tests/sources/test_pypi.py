@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.errors import CheckpointRefused, EnvironmentProblem, ProjectError, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.sources import FetchedSource, fetch_source, parse_source, resolve_revision
 from tests.sources.conftest import write_gguf, write_wheel
 from tests.sources.faults import CountingBar

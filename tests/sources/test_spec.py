@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.sources.spec import (
     FORMS,
     FileSource,

@@ -6,11 +6,11 @@ import mlflow
 import pytest
 import yaml
 
-from phi3_mlflow.params import read_request
-from phi3_mlflow.profiles import PROFILE_DIRECTORY, load_profile, profile_names
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.config.profile import PROFILE_DIRECTORY, load_profile, profile_names
+from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.sources.spec import parse_source
-from phi3_mlflow.step import carry_out
-from steps import export, fetch, log, quantize
+from phi3_mlflow.stages import export, fetch, log, quantize
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 from tests.fixtures.tiny_phi3 import ARCHITECTURES, make_tiny

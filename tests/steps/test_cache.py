@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from phi3_mlflow.params import read_request
-from phi3_mlflow.store import Entry, Store
-from steps import cache
+from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.stages import cache
 from tests.conftest import Workspace
 
 DAY = 86400

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from phi3_mlflow.cli import command, step_command
-from phi3_mlflow.errors import EXIT_BAD_INPUT
-from phi3_mlflow.params import PARAMETERS
-from phi3_mlflow.step import ROOT
+from phi3_mlflow.config.parameters import PARAMETERS
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT
+from phi3_mlflow.pipeline.command_line import command, step_command
+from phi3_mlflow.pipeline.step import ROOT
 from tests.conftest import Workspace
 
 COMMANDS = ("main", "cache", "score", "serve")
@@ -29,7 +29,7 @@ STEPS = (
 
 
 def invoke(name: str, *options: str) -> Result:
-    module = importlib.import_module(f"steps.{name}")
+    module = importlib.import_module(f"phi3_mlflow.stages.{name}")
     choices = getattr(module, "CHOICES", None)
     made = (
         command(name, module.PARAMETERS, module.__doc__, module.main, choices)
@@ -121,7 +121,7 @@ def test_mlproject_declares_just_the_parameters_that_the_steps_have() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert set(project["entry_points"]) == {*STEPS, *COMMANDS}
     for name in project["entry_points"]:
-        module = importlib.import_module(f"steps.{name}")
+        module = importlib.import_module(f"phi3_mlflow.stages.{name}")
         wanted = module.PARAMETERS if name in COMMANDS else module.STEP.all_parameters
         declared = project["entry_points"][name]["parameters"]
         assert tuple(declared) == wanted, name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.profiles import load_profile, profile_names
+from phi3_mlflow.config.profile import load_profile, profile_names
 from tests.conftest import ROOT, Workspace
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_the_champion_answers_in_a_process_that_knows_nothing_of_the_project(
 
 
 def test_what_was_measured_is_what_int4_can_do(default_run: tuple[Workspace, str]) -> None:
-    from phi3_mlflow.store import Store
+    from phi3_mlflow.artifacts.cache import Store
 
     place, output = default_run
     evaluated = next((Store(place.cache).root / "outputs/evaluate").glob("*/output/*/metrics.json"))

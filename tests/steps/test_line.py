@@ -8,10 +8,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import EXIT_BAD_INPUT, EXIT_GATE
-from phi3_mlflow.params import read_request
-from phi3_mlflow.step import RECORD_NAME, carry_out, read_record
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EXIT_GATE
+from phi3_mlflow.pipeline.step import RECORD_NAME, carry_out, read_record
+from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 
@@ -153,7 +153,7 @@ def test_a_step_takes_a_folder_that_is_named(line, connected: Workspace, tmp_pat
 def test_equal_input_gives_equal_bytes(line, connected: Workspace) -> None:
     _, profile, _ = line
     values = {"profile": str(profile), "quiet": "true"}
-    from steps import export, quantize
+    from phi3_mlflow.stages import export, quantize
 
     digests = []
     for _ in range(2):
@@ -217,7 +217,7 @@ def test_both_flavors_are_registered_and_measured_side_by_side(line, connected: 
 
 
 def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) -> None:
-    from steps import log
+    from phi3_mlflow.stages import log
 
     _, profile, _ = line
     request = read_request(log.STEP.all_parameters, {"profile": str(profile), "quiet": "true"})

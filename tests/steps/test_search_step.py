@@ -8,11 +8,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import EXIT_BAD_INPUT, UserError
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.profile import load_profile
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
 from phi3_mlflow.evaluation.report.candidates import pareto
-from phi3_mlflow.profiles import load_profile
-from phi3_mlflow.store import Store
+from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 

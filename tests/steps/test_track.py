@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow import registry
-from phi3_mlflow.errors import EXIT_FAULT, EnvironmentProblem
-from phi3_mlflow.params import read_request
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.core.errors import EXIT_FAULT, EnvironmentProblem
 from phi3_mlflow.sources import transfer
-from phi3_mlflow.store import Store
-from steps import fetch
+from phi3_mlflow.stages import fetch
+from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 from tests.fixtures.tiny_phi3 import make_tiny

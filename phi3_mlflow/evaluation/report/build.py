@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow import registry
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.figures import FIGURES, label, write
@@ -17,6 +16,7 @@ from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.report import plots
 from phi3_mlflow.evaluation.rows import Question
 from phi3_mlflow.evaluation.statistics import Interval, wilson
+from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from phi3_mlflow.errors import EnvironmentProblem, GateRefused, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, GateRefused, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +63,7 @@ class VersionName:
 def client() -> MlflowClient:
     from mlflow import MlflowClient
 
-    from phi3_mlflow.tracking import connect
+    from phi3_mlflow.tracking.runs import connect
 
     connect()
     return MlflowClient()
@@ -394,8 +394,8 @@ def _promotion_lock(name: str) -> Iterator[None]:
     """One promotion of a registered model at a time, among the processes of this machine."""
     from filelock import FileLock
 
-    from phi3_mlflow.store import cache_root, key_of
-    from phi3_mlflow.tracking import connect
+    from phi3_mlflow.artifacts.cache import cache_root, key_of
+    from phi3_mlflow.tracking.runs import connect
 
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow import console
-from phi3_mlflow.code_keys import Closure, closure, version_of
-from phi3_mlflow.errors import UserError
-from phi3_mlflow.manifests import MANIFEST_NAME, Manifest
-from phi3_mlflow.params import SHARED, Request
-from phi3_mlflow.store import Entry, Store, key_of
+from phi3_mlflow.artifacts.cache import Entry, Store, key_of
+from phi3_mlflow.artifacts.code_keys import Closure, closure, version_of
+from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
+from phi3_mlflow.config.parameters import SHARED, Request
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
 
 if TYPE_CHECKING:
-    from phi3_mlflow.tracking import StepRun
+    from phi3_mlflow.tracking.runs import StepRun
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORD_NAME = "record.json"
 IN_MLFLOW = ("log", "register", "evaluate", "promote", "reproduce")
 """The steps whose output lives in a tracking store, so that another store knows nothing of it."""
@@ -117,7 +117,7 @@ class Step:
     @property
     def closure(self) -> Closure:
         """The code and the libraries whose change makes earlier output stale."""
-        return closure((self.module or f"steps.{self.name}", *self.copies))
+        return closure((self.module or f"phi3_mlflow.stages.{self.name}", *self.copies))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
     Raises:
         ProjectError: whatever goes wrong for a reason that a person can mend.
     """
-    from phi3_mlflow.tracking import step_run
+    from phi3_mlflow.tracking.runs import step_run
 
     store = Store()
     store.sweep()
@@ -242,7 +242,7 @@ def slot(step: str) -> str:
     """Under which name a step's latest output is remembered."""
     if step not in IN_MLFLOW:
         return step
-    from phi3_mlflow.tracking import tracking_identity
+    from phi3_mlflow.tracking.runs import tracking_identity
 
     return f"{step}-{key_of({'tracking': tracking_identity()})[:12]}"
 

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 import click
 
-from phi3_mlflow import console
-from phi3_mlflow.errors import (
+from phi3_mlflow.artifacts.cache import is_full_disk
+from phi3_mlflow.config.parameters import PARAMETERS, Request, read_request
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIFFERENT,
     EXIT_DONE,
@@ -19,10 +21,8 @@ from phi3_mlflow.errors import (
     EXIT_GATE,
     ProjectError,
 )
-from phi3_mlflow.params import PARAMETERS, Request, read_request
-from phi3_mlflow.step import Step, carry_out
-from phi3_mlflow.store import is_full_disk
-from phi3_mlflow.tracking import summary_line
+from phi3_mlflow.pipeline.step import Step, carry_out
+from phi3_mlflow.tracking.runs import summary_line
 
 
 def command(

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phi3_mlflow.params import Request
-from phi3_mlflow.pipeline import for_step
-from phi3_mlflow.profiles import Profile
-from phi3_mlflow.step import Outcome, Plan, Step, hit, plan, slot
-from phi3_mlflow.store import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.config.profile import Profile
+from phi3_mlflow.pipeline.runner import for_step
+from phi3_mlflow.pipeline.step import Outcome, Plan, Step, hit, plan, slot
 
 
 class Unknown(Exception):

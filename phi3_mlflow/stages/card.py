@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.evaluation.figures import readable
-from phi3_mlflow.profiles import Profile
 
 _ALGORITHMS = {
     "none": "none: the weights are as published",

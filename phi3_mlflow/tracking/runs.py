@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from phi3_mlflow.errors import EnvironmentProblem, ProjectError
-from phi3_mlflow.params import Request
-from phi3_mlflow.resources import ResourceMeter
-from phi3_mlflow.store import Entry, Store, key_of
+from phi3_mlflow.artifacts.cache import Entry, Store, key_of
+from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.core.meter import ResourceMeter
 
 if TYPE_CHECKING:
     import mlflow
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from pydantic import BaseModel
 
-    from phi3_mlflow.step import Input
+    from phi3_mlflow.pipeline.step import Input
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 EXPERIMENT_NAME = "phi3-mlflow"
@@ -343,7 +343,7 @@ def git_commit() -> str:
     """The commit of the project's code, marked when the tree differs from it."""
     import subprocess
 
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
         try:

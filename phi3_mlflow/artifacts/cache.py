@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import EnvironmentProblem, ProjectError, UserError
-from phi3_mlflow.manifests import MANIFEST_NAME, Manifest, walk_files
+from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest, walk_files
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
 
 _KEY_LENGTH = 40
 _MEANS_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3_mlflow.errors import UserError
+from phi3_mlflow.core.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20

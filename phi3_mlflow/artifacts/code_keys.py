@@ -16,27 +16,26 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from phi3_mlflow.manifests import sha256_of_file
+from phi3_mlflow.artifacts.manifests import sha256_of_file
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 """The folder that holds the packages."""
 
-PACKAGES = ("phi3_mlflow", "steps")
+PACKAGES = ("phi3_mlflow",)
 
 NEUTRAL_MODULES = {
     "phi3_mlflow": "the version number, and a switch of MLflow's",
-    "phi3_mlflow.cli": "reads the command line; what was given is in the key as settings",
-    "phi3_mlflow.code_keys": "makes the key",
-    "phi3_mlflow.console": "shows progress",
-    "phi3_mlflow.errors": "words and exit codes of failures, which leave no output",
-    "phi3_mlflow.params": "reads parameters; their values are in the key as settings",
-    "phi3_mlflow.pipeline": "calls steps; what it hands over is in the key as inputs",
-    "phi3_mlflow.profiles": "reads profiles; their values are in the key as settings",
-    "phi3_mlflow.resources": "measures time and memory",
-    "phi3_mlflow.step": "carries a step out; what it hands over is in the key",
-    "phi3_mlflow.store": "keeps outputs, compared with their hashes",
-    "phi3_mlflow.tracking": "records the run of a step beside its output",
-    "steps": "only makes a package of the scripts",
+    "phi3_mlflow.pipeline.command_line": "reads options; their values are in the key as settings",
+    "phi3_mlflow.artifacts.code_keys": "makes the key",
+    "phi3_mlflow.core.console": "shows progress",
+    "phi3_mlflow.core.errors": "words and exit codes of failures, which leave no output",
+    "phi3_mlflow.config.parameters": "reads parameters; their values are in the key as settings",
+    "phi3_mlflow.pipeline.runner": "calls steps; what it hands over is in the key as inputs",
+    "phi3_mlflow.config.profile": "reads profiles; their values are in the key as settings",
+    "phi3_mlflow.core.meter": "measures time and memory",
+    "phi3_mlflow.pipeline.step": "carries a step out; what it hands over is in the key",
+    "phi3_mlflow.artifacts.cache": "keeps outputs, compared with their hashes",
+    "phi3_mlflow.tracking.runs": "records the run of a step beside its output",
 }
 """Modules that cannot change what a step makes, with the reason. Neither they nor what they import
 count, unless something else imports it, too."""

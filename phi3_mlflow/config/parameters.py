@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from phi3_mlflow.errors import UserError, problem_list
-from phi3_mlflow.profiles import Profile, load_profile
+from phi3_mlflow.config.profile import Profile, load_profile
+from phi3_mlflow.core.errors import UserError, problem_list
 
 AUTO = "auto"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from phi3_mlflow.errors import EnvironmentProblem, StepFailed, UserError
-from phi3_mlflow.manifests import Manifest, sha256_of_file
-from phi3_mlflow.provenance import content_manifest
-from phi3_mlflow.recipe import Recipe
-from phi3_mlflow.store import Store
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.manifests import Manifest, sha256_of_file
+from phi3_mlflow.artifacts.provenance import content_manifest
+from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError
+from phi3_mlflow.pipeline.recipe import Recipe
 
 _GIT_SECONDS = 300
 _CALIBRATION = Path("data", "calibration.jsonl")  # the project's own, in whatever commit

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.manifests import Manifest
+from phi3_mlflow.artifacts.manifests import Manifest
 
 PROVENANCE_NAME = "provenance.json"
 

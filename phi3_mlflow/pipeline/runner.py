@@ -16,12 +16,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from phi3_mlflow import console
-from phi3_mlflow.errors import EXIT_DONE, EnvironmentProblem, StepFailed
-from phi3_mlflow.params import Request
-from phi3_mlflow.profiles import Profile
-from phi3_mlflow.step import Outcome, Plan, Step, carry_out, hit, plan
-from phi3_mlflow.store import Store
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.config.profile import Profile
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import EXIT_DONE, EnvironmentProblem, StepFailed
+from phi3_mlflow.pipeline.step import Outcome, Plan, Step, carry_out, hit, plan
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -124,17 +124,17 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "mlflow.pyfunc", "phi3_mlflow.step"])
+    context.set_forkserver_preload(["mlflow", "mlflow.pyfunc", "phi3_mlflow.pipeline.step"])
     return context
 
 
 def _child(name: str, request: Request, parent_run_id: str) -> None:
     """What a step's process does."""
-    from phi3_mlflow.cli import guarded
+    from phi3_mlflow.pipeline.command_line import guarded
 
     os.environ.pop("MLFLOW_RUN_ID", None)  # that is main's own
     console.set_quiet(request.flag("quiet"))
-    step = importlib.import_module(f"steps.{name}").STEP
+    step = importlib.import_module(f"phi3_mlflow.stages.{name}").STEP
     sys.exit(guarded(name, lambda: carry_out(step, request, parent_run_id=parent_run_id)))
 
 

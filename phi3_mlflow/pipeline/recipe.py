@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.errors import UserError
-from phi3_mlflow.manifests import FileEntry, Manifest
-from phi3_mlflow.profiles import CALIBRATION, Profile
-from phi3_mlflow.provenance import content_manifest, read_provenance
+from phi3_mlflow.artifacts.manifests import FileEntry, Manifest
+from phi3_mlflow.artifacts.provenance import content_manifest, read_provenance
+from phi3_mlflow.config.profile import CALIBRATION, Profile
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
 
 METADATA_KEY = "recipe"

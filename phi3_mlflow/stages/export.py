@@ -1,0 +1,78 @@
+"""Export a checkpoint to a directory that onnxruntime-genai opens, and check what was built.
+
+    mlflow run . -e export -P profile=smollm2-135m
+    python -m steps.export --profile smollm2-135m --precision fp32
+
+onnxruntime-genai's model builder makes the graph; the weights stream from the checkpoint into
+the ONNX file one by one. Bits, block size and accuracy level of every node are compared with the
+profile, and the model is loaded and asked for a token before it counts as done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.pipeline.step import (
+    CHECKPOINT,
+    Input,
+    Step,
+    Work,
+    figures,
+    folder_input,
+)
+
+
+def inputs(request: Request, store: Store) -> dict[str, Input]:
+    if not request.profile.makes_onnx:
+        raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
+    before = "quantize" if request.profile.quantizes else "fetch"
+    return {"checkpoint": folder_input(request, store, "checkpoint", before, CHECKPOINT)}
+
+
+def settings(request: Request) -> dict[str, Any]:
+    profile = request.profile
+    return {
+        "precision": profile.precision,
+        "accuracy_level": profile.quantization.accuracy_level,
+        "provider": profile.runtime.provider,
+    }
+
+
+def work(work: Work) -> None:
+    from phi3_mlflow.genai.check import check_export
+    from phi3_mlflow.genai.export import export_onnx
+
+    profile = work.request.profile
+    checkpoint = work.inputs["checkpoint"].path
+    report = export_onnx(
+        checkpoint,
+        work.out,
+        precision=profile.precision,
+        accuracy_level=profile.quantization.accuracy_level,
+        provider=profile.runtime.provider,
+        progress=console.progress,
+    )
+    checked = check_export(work.out, profile.quantization if profile.quantizes else None)
+    work.metrics.update(figures(report) | figures(checked))
+    write_provenance(
+        work.out,
+        {"algorithm": "none"}
+        | read_provenance(checkpoint)
+        | {"precision": profile.precision, "artifact_sha256": content_digest(work.out)},
+    )
+
+
+STEP = Step(
+    name="export",
+    summary="building the ONNX model",
+    parameters=("checkpoint", "precision"),
+    inputs=inputs,
+    settings=settings,
+    work=work,
+    libraries=("onnxruntime",),  # what onnxruntime-genai computes with
+)

@@ -1,0 +1,226 @@
+"""Try the quantizations that the profile lists, and keep the best that fits its budget.
+
+    mlflow run . -P algorithm=search
+    python -m steps.search --profile smollm2-135m
+
+Every candidate is quantized, exported and measured against full precision on held-out text: the
+divergence (KL), perplexity, agreement on the likeliest token, size and speed. Each is a child run;
+the run of the search shows them in one plot, quality against size. What the best one left is what
+the next step takes. Nothing is measured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.config.profile import Profile
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.evaluation import datasets
+from phi3_mlflow.evaluation.rows import HeldoutText
+from phi3_mlflow.pipeline.runner import Pipeline
+from phi3_mlflow.pipeline.step import (
+    CHECKPOINT,
+    Input,
+    Step,
+    Work,
+    folder_input,
+)
+from phi3_mlflow.quantization.search import Measurement, Ranked, search
+from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.stages import export, quantize
+
+LIBRARIES = export.STEP.libraries
+
+
+def inputs(request: Request, store: Store) -> dict[str, Input]:
+    if not request.profile.quantizes:
+        raise UserError(
+            f"search has nothing to do for flavor {request.profile.flavor} with precision "
+            f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
+        )
+    return {"checkpoint": folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)}
+
+
+def texts(profile: Profile) -> list[HeldoutText]:
+    """The held-out texts that candidates are compared on.
+
+    Of the project's own set those that the quick evaluation leaves out, the shortest of every
+    register: the gate does not judge a choice by what it was made on.
+    """
+    chosen = profile.evaluation
+    if chosen.texts != "auto":
+        return datasets.load_heldout(chosen.texts)
+    shortest: dict[str, HeldoutText] = {}
+    for text in sorted(datasets.load_heldout(), key=lambda text: len(text.text)):
+        if not text.quick:
+            shortest.setdefault(text.register_, text)
+    return sorted(shortest.values(), key=lambda text: text.id)
+
+
+def as_profile(profile: Profile, name: str) -> Profile:
+    """The profile with a candidate's settings in place of the search."""
+    return profile.model_copy(
+        update={
+            "quantization": profile.search.candidates[name],
+            "search": profile.search.model_copy(update={"on": False}),
+        }
+    )
+
+
+def measured_on(request: Request) -> dict[str, Any]:
+    return {
+        "texts_sha256": datasets.digest(texts(request.profile)),
+        "window": request.profile.evaluation.window,
+    }
+
+
+def settings(request: Request) -> dict[str, Any]:
+    wanted = request.profile.search
+    return {
+        "candidates": {
+            name: quantize.settings(replace(request, profile=as_profile(request.profile, name)))
+            for name in wanted.candidates
+        },
+        "budget": wanted.budget.model_dump(mode="json"),
+        **measured_on(request),
+    }
+
+
+def work(work: Work) -> None:
+    request = work.request
+    checkpoint = str(work.inputs["checkpoint"].path)
+
+    def measure(name: str, _: QuantizationSettings) -> Measurement:
+        console.say(f"search: candidate {name}")
+        with Pipeline(tried(request, name), work.run.run_id) as pipeline:
+            done = pipeline.run(candidate(name), checkpoint=checkpoint)
+        return Measurement(**done.record)
+
+    ranking = search(request.profile.search.candidates, measure, request.profile.search.budget)
+    rows = [_row(one) for one in ranking.candidates]
+    work.run.log_search(rows, _plot(rows))
+    console.say(_table(rows))
+    best = ranking.best
+    work.metrics.update(_figures(best.measurement))
+    work.record({"best": best.name, "candidates": rows})
+    # So that the next step, run by itself, takes the best and not the last that was tried.
+    values = {**request.values, "force": "false"}
+    again = Request(as_profile(request.profile, best.name), values)
+    with Pipeline(again, work.run.run_id) as pipeline:
+        int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
+        pipeline.run(export.STEP, checkpoint=str(int4.entry.path))
+
+
+def chosen(request: Request, record: Mapping[str, Any]) -> Profile:
+    """The profile to go on with, given what the search recorded."""
+    return as_profile(request.profile, record["best"])
+
+
+def _figures(found: Measurement | None) -> dict[str, float]:
+    return {} if found is None else {name: float(v) for name, v in asdict(found).items()}
+
+
+def _row(one: Ranked) -> dict[str, Any]:
+    return {
+        "candidate": one.name,
+        "algorithm": one.settings.algorithm,
+        "within_budget": not one.reasons,
+        "on_front": one.on_front,
+        "reasons": "; ".join(one.reasons),
+        **dict.fromkeys(Measurement.__dataclass_fields__),
+        **_figures(one.measurement),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"  {'candidate':<24} {'KL':>7} {'top-1':>6} {'perplexity':>10} {'MB':>9} {'tok/s':>7}"
+    ]
+    for row in rows:
+        if row["kl_mean"] is None:
+            lines.append(f"  {row['candidate']:<24} failed: {row['reasons'].splitlines()[0]}")
+            continue
+        lines.append(
+            f"  {row['candidate']:<24} {row['kl_mean']:>7.4f} {row['top1_agreement']:>6.3f} "
+            f"{row['perplexity']:>10.2f} {row['data_bytes'] / 1e6:>9.1f} "
+            f"{row['tokens_per_second']:>7.1f}  {row['reasons']}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _plot(rows: list[dict[str, Any]]) -> Any:
+    from phi3_mlflow.evaluation.report.candidates import pareto
+
+    return pareto([row for row in rows if row["kl_mean"] is not None])
+
+
+def tried(request: Request, name: str) -> Request:
+    """What is asked of the steps that make a candidate."""
+    force = "all" if request.flag("force") else "false"
+    return Request(as_profile(request.profile, name), {**request.values, "force": force})
+
+
+def candidate(name: str) -> Step:
+    """Making and measuring one candidate, as a step: a run of its own, and done once.
+
+    It is given a profile with the candidate's settings.
+    """
+
+    def settings(request: Request) -> dict[str, Any]:
+        return {"quantization": quantize.settings(request), **measured_on(request)}
+
+    def work(work: Work) -> None:
+        work.run.rename(name)
+        measured = build_and_measure(work)
+        work.metrics.update(_figures(measured))
+        work.record(asdict(measured))
+
+    return Step(
+        name="candidate",
+        summary=f"making and measuring {name}",
+        parameters=("checkpoint",),
+        inputs=inputs,
+        settings=settings,
+        work=work,
+        module=__name__,
+        libraries=LIBRARIES,
+        light=True,
+    )
+
+
+def build_and_measure(work: Work) -> Measurement:
+    """Quantize and export by the profile's settings, and compare with full precision."""
+    from phi3_mlflow.evaluation.measure import diverge
+    from phi3_mlflow.evaluation.speed import decode_speed
+
+    profile = work.request.profile
+    checkpoint = work.inputs["checkpoint"].path
+    force = "all" if work.request.flag("force") else "false"
+    request = replace(work.request, values={**work.request.values, "force": force})
+    with Pipeline(request, work.run.run_id) as pipeline:
+        int4 = pipeline.run(quantize.STEP, checkpoint=str(checkpoint))
+        onnx = pipeline.run(export.STEP, checkpoint=str(int4.entry.path)).entry.path
+    found = diverge(checkpoint, onnx, texts(profile), profile.evaluation.window).metrics()
+    return Measurement(
+        kl_mean=found["kl_mean"],
+        top1_agreement=found["top1_agreement"],
+        perplexity=found["perplexity"],
+        data_bytes=sum(file.stat().st_size for file in onnx.glob("*.onnx.data")),
+        tokens_per_second=decode_speed(onnx, threads=profile.runtime.threads),
+    )
+
+
+STEP = Step(
+    name="search",
+    summary="trying the quantizations that the profile lists",
+    parameters=("checkpoint",),
+    inputs=inputs,
+    settings=settings,
+    work=work,
+    libraries=LIBRARIES,
+)
