@@ -56,8 +56,12 @@ setup-dev:  ## .venv with what the tests and the checks need, too
 readme: setup-dev  ## write the generated tables of README.md and docs/ again
 	@python tools/readme_tables.py
 
-lock:  ## resolve conda.yaml and requirements/ again and write the constraints files
-	@python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/lock.py
+# What installs .venv reads the lock, so a lock that fell behind must not stop it: any uv will do.
+lock: | $(VENV)/bin/uv  ## resolve conda.yaml and requirements/ again and write the constraints files
+	@python tools/lock.py $(if $(UPGRADE),--upgrade)
+
+$(VENV)/bin/uv:
+	@$(SETUP) dev
 
 clean:  ## remove .venv and the tools' caches; mlflow.db, mlruns and the step cache stay
 	rm -rf .venv .venv.lock .pytest_cache .ruff_cache .mypy_cache .hypothesis

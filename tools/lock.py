@@ -1,36 +1,39 @@
 """Write the closures of conda.yaml and requirements/*.txt as constraints files: ``make lock``.
 
-pip, at the version conda.yaml pins and in a virtual environment of its own, says what it would
-install (``--dry-run --report``). torch is asked for a second time without find-links, since the
-build that the index carries (with CUDA, on Linux) needs packages the CPU build does not; they are
-locked too, so that machines that get that build get the same one. Versions lose their local suffix
-(``2.13.0+cpu``): as a constraint ``==2.13.0`` takes either build. Needs the standard library alone.
+    python tools/lock.py              # what is locked stays as far as the requirements allow
+    python tools/lock.py --upgrade    # the newest of everything that is not pinned by name
+
+``uv pip compile`` resolves them, with pip's configuration (``pip_env``) and the pins of the last
+lock as preferences. torch is asked for a second time without find-links, since the build that the
+index carries (with CUDA, on Linux) needs packages the CPU build does not; they are locked too, so
+that machines that get that build get the same one. Versions lose their local suffix
+(``2.13.0+cpu``): as a constraint ``==2.13.0`` takes either build.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pip_env import pip_configuration
+from pip_env import pip_configuration, uv_variables
 from requirement_files import (
     CONDA_YAML,
     EXTRA_FILES,
     REQUIREMENTS,
     conda_pip_requirements,
     conda_pip_version,
-    extra_requirements,
+    constraint_paths,
+    direct_requirements,
 )
 
 CLOSURE_LINE = re.compile(r"^# closure: sha256:[0-9a-f]+$", re.MULTILINE)
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s+]+)")
 
 HEADER = """\
 # {what}
@@ -43,83 +46,89 @@ ACCELERATOR_NOTE = """\
 """
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    upgrade = list(arguments) == ["--upgrade"]
+    if arguments and not upgrade:
+        print("usage: lock.py [--upgrade]", file=sys.stderr)
+        return 2
     direct = conda_pip_requirements()
-    extras = {
-        name: extra_requirements(REQUIREMENTS / file) for name, file in EXTRA_FILES.items() if file
-    }
-    with tempfile.TemporaryDirectory(prefix="lock-") as scratch:
-        python = clean_environment(Path(scratch))
-        runtime = resolve(python, direct)
-        runtime["pip"] = conda_pip_version()
-        torch = [pin for pin in direct if pin.startswith("torch==")]
-        everything = resolve(python, torch, environment=index_alone(), bound_to=runtime)
-        accelerator = without(everything, runtime)
-        closures = {
-            name: resolve(python, direct + extra, bound_to=runtime)
-            for name, extra in extras.items()
-        }
+    known = {} if upgrade else pinned("runtime")
+    runtime = resolve(direct, known)
+    runtime["pip"] = conda_pip_version()
+    torch = [pin for pin in direct if pin.startswith("torch==")]
+    everything = resolve(torch, known, bound_to=runtime, find_links=False)
 
     text = HEADER.format(
         what="The whole closure of conda.yaml's pip list, exact.",
         source="conda.yaml",
         digest=requirements_digest(direct),
     ) + lines(runtime)
-    if accelerator:
-        text += ACCELERATOR_NOTE + lines(accelerator)
+    if not everything.keys() <= runtime.keys():
+        text += ACCELERATOR_NOTE + lines(everything, runtime)
     write(REQUIREMENTS / "constraints.txt", text)
-    for name, closure in closures.items():
+    for name in (name for name, file in EXTRA_FILES.items() if file):
+        requirements = direct_requirements(name)
+        closure = resolve(requirements, {} if upgrade else pinned(name), bound_to=runtime)
         head = HEADER.format(
             what=f"What requirements/{name}.txt brings beyond constraints.txt, exact.",
             source=f"requirements/{name}.txt",
-            digest=requirements_digest(direct + extras[name]),
+            digest=requirements_digest(requirements),
         )
-        write(REQUIREMENTS / f"constraints-{name}.txt", head + lines(without(closure, runtime)))
-    write(CONDA_YAML, CLOSURE_LINE.sub(f"# closure: {sha256(text)}", CONDA_YAML.read_text("utf-8")))
+        write(REQUIREMENTS / f"constraints-{name}.txt", head + lines(closure, runtime))
+    closure_line = f"# closure: sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    write(CONDA_YAML, CLOSURE_LINE.sub(closure_line, CONDA_YAML.read_text(encoding="utf-8")))
     return 0
 
 
-def clean_environment(scratch: Path) -> Path:
-    """A virtual environment with nothing but the pinned pip; returns its Python."""
-    venv.EnvBuilder(with_pip=True).create(scratch / "venv")
-    python = scratch / "venv" / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"pip=={conda_pip_version()}"], check=True)
-    return python
-
-
-def index_alone() -> dict[str, str]:
-    """The environment of a pip that uses the configured indexes, and no find-links."""
-    configuration = pip_configuration()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
-    environment["PIP_CONFIG_FILE"] = os.devnull
-    for option in ("index-url", "extra-index-url", "cert", "proxy"):
-        if value := configuration.get(option):
-            environment["PIP_" + option.upper().replace("-", "_")] = value
-    return environment
+def pinned(kind: str) -> dict[str, str]:
+    """What the lock of a set holds as it is now."""
+    return pins("".join(path.read_text("utf-8") for path in constraint_paths(kind)))
 
 
 def resolve(
-    python: Path,
     requirements: Sequence[str],
-    environment: Mapping[str, str] | None = None,
+    preferred: Mapping[str, str],
     bound_to: Mapping[str, str] | None = None,
+    find_links: bool = True,
 ) -> dict[str, str]:
-    """The name and version of everything pip would install for ``requirements``."""
+    """The name and version of everything that ``requirements`` need on this platform.
+
+    Args:
+        requirements: requirement lines.
+        preferred: versions that are kept where the requirements allow them.
+        bound_to: versions that must not differ.
+        find_links: whether pip's configured find-links count.
+
+    Raises:
+        SystemExit: no set of packages fits; uv has said why.
+    """
     print(f"resolving {len(requirements)} requirements", flush=True)
-    report = python.parent / "report.json"
-    bounds = python.parent / "bounds.txt"
-    bounds.write_text(lines(bound_to or {}), encoding="utf-8")
-    command = [str(python), "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]
-    # -qq: its warnings (an index that lacks a name, say) are many and its errors still come.
-    command += ["--disable-pip-version-check", "--report", str(report), "-c", str(bounds)]
-    done = subprocess.run([*command, *requirements], env=environment and dict(environment))
-    if done.returncode != 0:
-        raise SystemExit(f"pip found no set of packages for: {' '.join(requirements)}")
-    found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return {
-        item["metadata"]["name"]: item["metadata"]["version"].partition("+")[0] for item in found
-    }
+    variables = uv_variables(pip_configuration(), os.environ)
+    environment = {**os.environ, **variables}
+    if not find_links:
+        environment.pop("UV_FIND_LINKS", None)
+    with tempfile.TemporaryDirectory(prefix="lock-") as scratch:
+        bounds, found = Path(scratch, "bounds.txt"), Path(scratch, "found.txt")
+        bounds.write_text(lines(bound_to or {}), encoding="utf-8")
+        # uv takes the versions of the file it writes to as preferences.
+        found.write_text(lines(preferred), encoding="utf-8")
+        command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+        command += ["--python-version", "3.11", "-c", str(bounds), "-o", str(found), "-"]
+        try:
+            done = subprocess.run(
+                command, input="\n".join(requirements), text=True, env=environment
+            )
+        except FileNotFoundError as error:
+            raise SystemExit("uv is not on the PATH: `make setup-dev` installs it") from error
+        if done.returncode != 0:
+            raise SystemExit(f"uv found no set of packages for: {' '.join(requirements)}")
+        return pins(found.read_text(encoding="utf-8"))
+
+
+def pins(text: str) -> dict[str, str]:
+    """The lines ``NAME==VERSION`` of a requirements file, without local version suffixes."""
+    matches = (PIN.match(line) for line in text.splitlines())
+    return {normalized(match.group(1)): match.group(2) for match in matches if match}
 
 
 def normalized(name: str) -> str:
@@ -127,18 +136,10 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def without(closure: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-    known = {normalized(name) for name in other}
-    return {name: version for name, version in closure.items() if normalized(name) not in known}
-
-
-def lines(closure: Mapping[str, str]) -> str:
-    ordered = sorted(closure.items(), key=lambda item: normalized(item[0]))
-    return "".join(f"{name}=={version}\n" for name, version in ordered)
-
-
-def sha256(text: str) -> str:
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+def lines(closure: Mapping[str, str], known: Iterable[str] = ()) -> str:
+    """The closure's pins but those of names that are ``known``, a line each."""
+    left = closure.keys() - set(known)
+    return "".join(f"{name}=={closure[name]}\n" for name in sorted(left))
 
 
 def requirements_digest(requirements: Iterable[str]) -> str:
@@ -152,4 +153,4 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
