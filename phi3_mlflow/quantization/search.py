@@ -14,7 +14,7 @@ from phi3_mlflow.quantization.settings import Budget, QuantizationSettings
 
 
 @dataclass(frozen=True)
-class Measurement:
+class CandidateMetrics:
     """What was measured of one candidate, against the full-precision model on held-out text.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ranked:
 
     name: str
     settings: QuantizationSettings
-    measurement: Measurement | None
+    measurement: CandidateMetrics | None
     reasons: tuple[str, ...]
     on_front: bool = False
 
@@ -79,7 +79,7 @@ class Ranking:
 
 def search(
     candidates: Mapping[str, QuantizationSettings],
-    measure: Callable[[str, QuantizationSettings], Measurement],
+    measure: Callable[[str, QuantizationSettings], CandidateMetrics],
     budget: Budget,
 ) -> Ranking:
     """Measure every candidate and rank them.
@@ -106,14 +106,35 @@ def search(
 def _measured(
     name: str,
     settings: QuantizationSettings,
-    measure: Callable[[str, QuantizationSettings], Measurement],
+    measure: Callable[[str, QuantizationSettings], CandidateMetrics],
     budget: Budget,
 ) -> Ranked:
     try:
         found = measure(name, settings)
     except ProjectError as error:
         return Ranked(name, settings, None, (str(error),))
-    return Ranked(name, settings, found, tuple(budget.excess(found)))
+    return Ranked(name, settings, found, tuple(excess(found, budget)))
+
+
+def excess(found: CandidateMetrics, budget: Budget) -> list[str]:
+    """What a candidate fails in a budget.
+
+    Returns:
+        A sentence for each limit, with by how much it is missed; empty when the candidate fits.
+    """
+    reasons = []
+    if budget.data_bytes is not None and found.data_bytes > budget.data_bytes:
+        over = found.data_bytes - budget.data_bytes
+        reasons.append(f"{over:,} bytes over the budget of {budget.data_bytes:,}")
+    slow = budget.tokens_per_second
+    if slow is not None and found.tokens_per_second < slow:
+        reasons.append(f"{found.tokens_per_second:.1f} tokens/s, at least {slow:g} wanted")
+    if budget.kl_mean is not None and found.kl_mean > budget.kl_mean:
+        reasons.append(f"divergence {found.kl_mean:.4f}, at most {budget.kl_mean:g} wanted")
+    agree = budget.top1_agreement
+    if agree is not None and found.top1_agreement < agree:
+        reasons.append(f"top-1 agreement {found.top1_agreement:.3f}, at least {agree:g} wanted")
+    return reasons
 
 
 def _on_front(one: Ranked, others: list[Ranked]) -> bool:

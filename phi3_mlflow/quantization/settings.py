@@ -154,22 +154,6 @@ class Budget(Section):
     kl_mean: float | None = Field(default=None, ge=0, description="at most")
     top1_agreement: float | None = Field(default=None, ge=0, le=1, description="at least")
 
-    def excess(self, found: Measurement) -> list[str]:
-        """What a candidate fails, each as a sentence with by how much; empty when it fits."""
-        reasons = []
-        if self.data_bytes is not None and found.data_bytes > self.data_bytes:
-            over = found.data_bytes - self.data_bytes
-            reasons.append(f"{over:,} bytes over the budget of {self.data_bytes:,}")
-        slow = self.tokens_per_second
-        if slow is not None and found.tokens_per_second < slow:
-            reasons.append(f"{found.tokens_per_second:.1f} tokens/s, at least {slow:g} wanted")
-        if self.kl_mean is not None and found.kl_mean > self.kl_mean:
-            reasons.append(f"divergence {found.kl_mean:.4f}, at most {self.kl_mean:g} wanted")
-        agree = self.top1_agreement
-        if agree is not None and found.top1_agreement < agree:
-            reasons.append(f"top-1 agreement {found.top1_agreement:.3f}, at least {agree:g} wanted")
-        return reasons
-
 
 def _default_candidates() -> dict[str, QuantizationSettings]:
     return {

@@ -5,17 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
-from phi3_mlflow.quantization.search import Measurement, search
+from phi3_mlflow.quantization.search import CandidateMetrics, search
 from phi3_mlflow.quantization.settings import Budget, QuantizationSettings
 
 SETTINGS = QuantizationSettings()
 
 
-def _found(kl: float, size: int, speed: float = 50.0, top1: float = 0.9) -> Measurement:
-    return Measurement(kl, top1, 10.0, size, speed)
+def _found(kl: float, size: int, speed: float = 50.0, top1: float = 0.9) -> CandidateMetrics:
+    return CandidateMetrics(kl, top1, 10.0, size, speed)
 
 
-def _search(found: dict[str, Measurement], budget: Budget | None = None):
+def _search(found: dict[str, CandidateMetrics], budget: Budget | None = None):
     return search(dict.fromkeys(found, SETTINGS), lambda name, _: found[name], budget or Budget())
 
 
@@ -43,7 +43,7 @@ def test_the_front_leaves_out_what_another_beats() -> None:
 
 
 def test_one_that_fails_is_last_and_says_why() -> None:
-    def measure(name: str, _: QuantizationSettings) -> Measurement:
+    def measure(name: str, _: QuantizationSettings) -> CandidateMetrics:
         if name == "needs more":
             raise EnvironmentProblem("memory: 9.0 GiB needed")
         return _found(0.2, 100)
