@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -231,6 +232,41 @@ def test_a_pip_that_outlives_its_killed_parent_keeps_the_lock(root, tmp_path):
         os.killpg(started.pid, signal.SIGKILL)
     with (tmp_path / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def packages_of(setup_venv) -> Path:
+    """A virtual environment with one package of three modules; returns the package's folder."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(setup_venv.VENV)], check=True
+    )
+    (packages,) = (setup_venv.VENV / "lib").glob("python3*/site-packages")
+    for name in ("one.py", "tests/two.py", "template.py"):
+        (packages / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / "p" / name).write_text(
+            "{% no Python %}" if name == "template.py" else "x = 1\n"
+        )
+    return packages / "p"
+
+
+def test_packages_are_compiled_where_no_import_may_keep_its_byte_code(
+    setup_venv, monkeypatch, capsys
+):
+    package = packages_of(setup_venv)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=1))
+    with setup_venv.one_at_a_time() as lock:
+        setup_venv.compile_packages(lock)
+    assert [p.name.partition(".")[0] for p in package.rglob("*.pyc")] == ["one"]
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_packages_are_left_to_be_compiled_by_their_first_import(setup_venv, monkeypatch, capsys):
+    package = packages_of(setup_venv)
+    monkeypatch.setattr(setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=0))
+    with setup_venv.one_at_a_time() as lock:
+        setup_venv.compile_packages(lock)
+    assert not list(package.rglob("*.pyc"))
+    assert capsys.readouterr().out == ""
 
 
 def test_progress_says_what_pip_is_at(setup_venv):
