@@ -32,14 +32,14 @@ def plain(onnx_dir: Path) -> None:
     """The way of MLflow's documentation: the directory as an artifact of a pyfunc."""
     import mlflow
 
-    from phi3_mlflow.flavors import packing
+    from phi3_mlflow.flavors import bundle
 
     mlflow.pyfunc.log_model(
         name="plain",
-        python_model=packing.code_file("chat"),
+        python_model=bundle.code_file("chat"),
         artifacts={"onnx": str(onnx_dir)},
-        signature=packing.signature("chat"),
-        pip_requirements=packing.requirements("onnx"),
+        signature=bundle.signature("chat"),
+        pip_requirements=bundle.requirements("onnx"),
     )
 
 

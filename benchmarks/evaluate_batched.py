@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from _result import write_result  # noqa: E402
 
-from phi3_mlflow.artifacts.cache import Store  # noqa: E402
+from phi3_mlflow.artifacts.cache import StepCache  # noqa: E402
 from phi3_mlflow.evaluation import datasets  # noqa: E402
 from phi3_mlflow.evaluation.divergence import batches, tokenize  # noqa: E402
 from phi3_mlflow.evaluation.logits import LogitSource, open_logits  # noqa: E402
@@ -32,7 +32,7 @@ ROUNDS = 2
 def folder(position: int, step: str) -> Path:
     if len(sys.argv) > position:
         return Path(sys.argv[position])
-    entry = Store().latest("smollm2-135m", step)
+    entry = StepCache().latest("smollm2-135m", step)
     if entry is None:
         raise SystemExit(f"step {step} has left nothing: run  mlflow run . -e {step}  first")
     return entry.path

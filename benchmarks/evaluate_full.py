@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from _result import Cell, write_result  # noqa: E402
 
-from phi3_mlflow.artifacts.cache import Store  # noqa: E402
+from phi3_mlflow.artifacts.cache import StepCache  # noqa: E402
 from phi3_mlflow.core.errors import EXIT_DONE, EXIT_GATE  # noqa: E402
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer, read_answers  # noqa: E402
 from phi3_mlflow.evaluation.divergence import read_scores  # noqa: E402
@@ -50,7 +50,7 @@ def evaluated() -> tuple[Path, dict[str, float]]:
     if code not in (EXIT_DONE, EXIT_GATE):
         raise SystemExit(code)
     connect()
-    entry = Store().latest(PROFILE, "evaluate", slot("evaluate"))
+    entry = StepCache().latest(PROFILE, "evaluate", slot("evaluate"))
     if entry is None:
         raise SystemExit("evaluate has left nothing")
     record = read_record(entry)

@@ -64,7 +64,7 @@ def main() -> None:
             "of it: `import mlflow`": [*python, "import mlflow"],
             "of it: finding all outputs whole": [
                 *python,
-                "from phi3_mlflow.artifacts.cache import Store; s = Store();"
+                "from phi3_mlflow.artifacts.cache import StepCache; s = StepCache();"
                 f"[s.latest('{profile}', x) for x in ('fetch', 'quantize', 'export')]",
             ],
         }  # fmt: skip

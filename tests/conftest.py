@@ -125,9 +125,9 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, st
 
 
 def _output(place: Workspace, step: str) -> Path:
-    from phi3_mlflow.artifacts.cache import Store
+    from phi3_mlflow.artifacts.cache import StepCache
 
-    entry = Store(place.cache).latest("smollm2-135m", step)
+    entry = StepCache(place.cache).latest("smollm2-135m", step)
     assert entry is not None, f"{step} left nothing"
     return entry.path
 

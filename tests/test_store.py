@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.artifacts.cache import Store, cache_root, key_of
+from phi3_mlflow.artifacts.cache import StepCache, cache_root, key_of
 from phi3_mlflow.core.errors import EnvironmentProblem
 
 KEY = "0" * 40
@@ -22,22 +22,22 @@ json_values = st.recursive(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache")
+def store(tmp_path: Path) -> StepCache:
+    return StepCache(tmp_path / "cache")
 
 
-def put(store: Store, content: str = "content", key: str = KEY) -> None:
+def put(store: StepCache, content: str = "content", key: str = KEY) -> None:
     with store.locked("quantize", key), store.building("quantize", key, {"parts": {}}) as out:
         (out / "file").write_text(content)
 
 
-def fail_while_building(store: Store, error: Exception) -> None:
+def fail_while_building(store: StepCache, error: Exception) -> None:
     with store.locked("quantize", KEY), store.building("quantize", KEY, {}) as out:
         (out / "half").write_text("x")
         raise error
 
 
-def test_what_was_built_is_found_with_its_manifest_and_origin(store: Store) -> None:
+def test_what_was_built_is_found_with_its_manifest_and_origin(store: StepCache) -> None:
     assert store.find("quantize", KEY) is None
     put(store)
     entry = store.find("quantize", KEY)
@@ -50,7 +50,7 @@ def test_what_was_built_is_found_with_its_manifest_and_origin(store: Store) -> N
     assert store.holding(Path("/")) is None
 
 
-def test_a_damaged_output_is_no_hit_and_is_removed(store: Store) -> None:
+def test_a_damaged_output_is_no_hit_and_is_removed(store: StepCache) -> None:
     put(store)
     entry = store.find("quantize", KEY)
     assert entry is not None
@@ -62,27 +62,27 @@ def test_a_damaged_output_is_no_hit_and_is_removed(store: Store) -> None:
 
 
 @pytest.mark.parametrize("lost", ["output/file", "output/manifest.json", "origin.json"])
-def test_an_output_with_a_part_missing_is_no_hit(store: Store, lost: str) -> None:
+def test_an_output_with_a_part_missing_is_no_hit(store: StepCache, lost: str) -> None:
     put(store)
     (store.root / "outputs/quantize" / KEY / lost).unlink()
     assert store.find("quantize", KEY) is None
 
 
-def test_a_touched_but_equal_output_is_still_a_hit(store: Store) -> None:
+def test_a_touched_but_equal_output_is_still_a_hit(store: StepCache) -> None:
     put(store)
     file = store.root / "outputs/quantize" / KEY / "output/file"
     os.utime(file)
     assert store.find("quantize", KEY) is not None
 
 
-def test_work_that_fails_leaves_nothing(store: Store) -> None:
+def test_work_that_fails_leaves_nothing(store: StepCache) -> None:
     with pytest.raises(RuntimeError):
         fail_while_building(store, RuntimeError())
     assert store.find("quantize", KEY) is None
     assert list((store.root / "building").iterdir()) == []
 
 
-def test_debris_of_a_killed_process_is_removed_under_the_lock(store: Store) -> None:
+def test_debris_of_a_killed_process_is_removed_under_the_lock(store: StepCache) -> None:
     debris = store.root / "building" / f"quantize-{KEY}-killed"
     others = store.root / "building" / f"export-{KEY}-at-work"
     for folder in (debris, others):
@@ -92,13 +92,13 @@ def test_debris_of_a_killed_process_is_removed_under_the_lock(store: Store) -> N
         assert others.exists()
 
 
-def test_a_full_disk_is_a_clear_message_and_leaves_nothing(store: Store) -> None:
+def test_a_full_disk_is_a_clear_message_and_leaves_nothing(store: StepCache) -> None:
     with pytest.raises(EnvironmentProblem, match="no space left"):
         fail_while_building(store, OSError(errno.ENOSPC, "No space left on device"))
     assert list((store.root / "building").iterdir()) == []
 
 
-def test_doing_it_again_replaces_the_output(store: Store) -> None:
+def test_doing_it_again_replaces_the_output(store: StepCache) -> None:
     put(store, "old")
     put(store, "new")
     entry = store.find("quantize", KEY)
@@ -106,12 +106,12 @@ def test_doing_it_again_replaces_the_output(store: Store) -> None:
     assert (entry.path / "file").read_text() == "new"
 
 
-def test_one_at_a_time_builds_a_key(store: Store) -> None:
+def test_one_at_a_time_builds_a_key(store: StepCache) -> None:
     inside: list[int] = []
     most = []
 
     def build() -> None:
-        with Store(store.root).locked("quantize", KEY):
+        with StepCache(store.root).locked("quantize", KEY):
             inside.append(1)
             most.append(len(inside))
             put_now = threading.Event()
@@ -126,7 +126,7 @@ def test_one_at_a_time_builds_a_key(store: Store) -> None:
     assert most == [1] * 8
 
 
-def test_latest_is_remembered_by_profile(store: Store) -> None:
+def test_latest_is_remembered_by_profile(store: StepCache) -> None:
     put(store)
     assert store.latest("p", "quantize") is None
     store.set_latest("p", "quantize", KEY)
@@ -174,7 +174,7 @@ def test_values_that_look_alike_are_told_apart(pair: tuple) -> None:
         RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_known_in_every_guise(store: Store, error: Exception) -> None:
+def test_a_full_disk_is_known_in_every_guise(store: StepCache, error: Exception) -> None:
     wrapped = RuntimeError("the library's own")
     wrapped.__cause__ = error
     for each in (error, wrapped):
@@ -182,13 +182,13 @@ def test_a_full_disk_is_known_in_every_guise(store: Store, error: Exception) -> 
             fail_while_building(store, each)
 
 
-def test_another_error_is_not_taken_for_a_full_disk(store: Store) -> None:
+def test_another_error_is_not_taken_for_a_full_disk(store: StepCache) -> None:
     with pytest.raises(OSError, match="Input/output"):
         fail_while_building(store, OSError(errno.EIO, "Input/output error"))
 
 
 def test_what_cannot_be_marked_as_used_is_still_whole(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: StepCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store)
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_marked_as_used_is_still_whole(
 
 
 def test_too_many_open_files_do_not_cost_an_output(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: StepCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store)
 

@@ -81,7 +81,7 @@ class Entry:
         return verified.stat().st_mtime if verified.exists() else float(self.origin["time"])
 
 
-class Store:
+class StepCache:
     """The cache of step outputs."""
 
     def __init__(self, root: Path | None = None) -> None:

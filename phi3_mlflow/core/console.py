@@ -1,25 +1,13 @@
-"""What a person sees while a step works: a bar on a terminal, plain lines in a log.
+"""What a person reads while a step works: remarks on standard error.
 
-Everything goes to standard error, so that standard output stays what a script may read.
+Standard output stays what a script may read.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
 
-_LINE_EVERY_SECONDS = 5.0
 _quiet = False
-
-
-class Progress(Protocol):
-    """Something that counts up to a total."""
-
-    def advance(self, amount: int) -> None:
-        """Count `amount` further units (bytes unless said otherwise)."""
 
 
 def set_quiet(quiet: bool) -> None:
@@ -28,99 +16,12 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether progress and remarks are left out."""
+    return _quiet
+
+
 def say(message: str) -> None:
     """One remark to the person watching."""
     if not _quiet:
         print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(description: str, total: int | None, unit: str = "bytes") -> Iterator[Progress]:
-    """Show how far a piece of work has come.
-
-    Args:
-        description: what is being done, a few words.
-        total: how many units there are, or None when that is not known.
-        unit: `bytes` are shown as MB with a rate; anything else is counted.
-    """
-    if _quiet:
-        yield _Silent()
-    elif sys.stderr.isatty():
-        with _bar(description, total, unit) as bar:
-            yield bar
-    else:
-        lines = _Lines(description, total, unit)
-        yield lines
-        lines.done()
-
-
-class _Silent:
-    def advance(self, amount: int) -> None:
-        """Show nothing."""
-
-
-@contextmanager
-def _bar(description: str, total: int | None, unit: str) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as RichProgress
-
-    amount = (
-        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    )
-    with RichProgress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        *amount,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task(description, total=total)
-
-        class _Bar:
-            def advance(self, amount: int) -> None:
-                bar.advance(task, amount)
-
-        yield _Bar()
-
-
-class _Lines:
-    """A line now and then, for logs: no carriage returns, no colours."""
-
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self._description, self._total, self._unit = description, total, unit
-        self._count = 0
-        self._start = self._last = time.monotonic()
-
-    def advance(self, amount: int) -> None:
-        self._count += amount
-        now = time.monotonic()
-        if now - self._last >= _LINE_EVERY_SECONDS:
-            self._last = now
-            self._print(now)
-
-    def done(self) -> None:
-        self._print(time.monotonic())
-
-    def _print(self, now: float) -> None:
-        elapsed = now - self._start
-        amount = self._amount()
-        share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
-        left = ""
-        if self._total and 0 < self._count < self._total:
-            left = f", {elapsed / self._count * (self._total - self._count):.0f} s left"
-        say(f"  {self._description}: {amount}{share}, {elapsed:.0f} s{left}")
-
-    def _amount(self) -> str:
-        if self._unit != "bytes":
-            of = f" of {self._total}" if self._total else ""
-            return f"{self._count}{of} {self._unit}"
-        of = f" of {self._total / 1e6:.1f}" if self._total else ""
-        return f"{self._count / 1e6:.1f}{of} MB"

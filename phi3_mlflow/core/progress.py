@@ -1,10 +1,19 @@
-"""How long work tells its caller how far it is, without knowing who listens."""
+"""How far long work is: what work tells, without knowing who listens, and what a person sees of it.
+
+A bar on a terminal, plain lines in a log, both on standard error.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+from phi3_mlflow.core.console import is_quiet, say
+
+_LINE_EVERY_SECONDS = 5.0
 
 
 class Meter(Protocol):
@@ -31,3 +40,90 @@ def no_progress(description: str, total: int, /) -> Iterator[Meter]:
     """The listener that says nothing."""
     del description, total
     yield _Silent()
+
+
+@contextmanager
+def show_progress(description: str, total: int | None, unit: str = "bytes") -> Iterator[Meter]:
+    """Show how far a piece of work has come.
+
+    Args:
+        description: what is being done, a few words.
+        total: how many units there are, or None when that is not known.
+        unit: `bytes` are shown as MB with a rate; anything else is counted.
+    """
+    if is_quiet():
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with _bar(description, total, unit) as bar:
+            yield bar
+    else:
+        lines = _Lines(description, total, unit)
+        yield lines
+        lines.done()
+
+
+@contextmanager
+def _bar(description: str, total: int | None, unit: str) -> Iterator[Meter]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    amount = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    )
+    with RichProgress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task(description, total=total)
+
+        class _Bar:
+            def advance(self, amount: int) -> None:
+                bar.advance(task, amount)
+
+        yield _Bar()
+
+
+class _Lines:
+    """A line now and then, for logs: no carriage returns, no colours."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._count = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._count += amount
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY_SECONDS:
+            self._last = now
+            self._print(now)
+
+    def done(self) -> None:
+        self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        elapsed = now - self._start
+        amount = self._amount()
+        share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
+        left = ""
+        if self._total and 0 < self._count < self._total:
+            left = f", {elapsed / self._count * (self._total - self._count):.0f} s left"
+        say(f"  {self._description}: {amount}{share}, {elapsed:.0f} s{left}")
+
+    def _amount(self) -> str:
+        if self._unit != "bytes":
+            of = f" of {self._total}" if self._total else ""
+            return f"{self._count}{of} {self._unit}"
+        of = f" of {self._total / 1e6:.1f}" if self._total else ""
+        return f"{self._count / 1e6:.1f}{of} MB"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.core.console import Progress
+from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.rows import Question
@@ -114,7 +114,7 @@ def repeats(text: str) -> bool:
     return 1 - len(set(runs)) / len(runs) >= _LOOP_SHARE
 
 
-def ask(model_uri: str, questions: Sequence[Question], progress: Progress) -> Answers:
+def ask(model_uri: str, questions: Sequence[Question], progress: Meter) -> Answers:
     """Ask a model every question, greedily.
 
     Args:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.gate import TIMED, Verdict, against_champion, judge
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measure import Sets, long_prompts, measured
@@ -64,7 +65,7 @@ class Evaluator:
     texts: Sequence[HeldoutText]
     needles: Sequence[Needle]
     context: int
-    store: Store
+    store: StepCache
     fresh: bool = False
 
     @property
@@ -123,7 +124,7 @@ class Evaluator:
             return {}
         shown = {item["id"] for item in worst_answers(evaluation, self.questions, {})}
         asked = [question for question in self.questions if question.id in shown]
-        with console.progress("full precision", len(asked), "answered") as bar:
+        with show_progress("full precision", len(asked), "answered") as bar:
             return answer_all(self.reference, asked, bar)
 
     def _compare(

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi3_mlflow.artifacts.cache import Store, key_of
+from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, version_of
-from phi3_mlflow.core import console
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
@@ -78,7 +78,7 @@ def measured(
     reference_digest: str,
     sets: Sets,
     window: int,
-    store: Store,
+    store: StepCache,
     fresh: bool = False,
 ) -> tuple[Measurement, bool]:
     """Measure a model, or find what was measured of it.
@@ -126,7 +126,7 @@ def measure(model_uri: str, *, reference: Path, sets: Sets, window: int) -> Meas
     """
     model = local_files(model_uri)
     questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
-    with console.progress("questions", len(questions), "answered") as bar:
+    with show_progress("questions", len(questions), "answered") as bar:
         asked = ask(model_uri, questions, bar)
     shown, *counted = asked.answers
     answers = replace(asked, answers=tuple(counted))
@@ -175,7 +175,7 @@ def diverge(
     """Compare a model's files with the full-precision checkpoint on held-out texts."""
     tokens = tokenize(reference, ((text.id, text.text) for text in texts))
     total = sum(len(ids) for _, ids in tokens)
-    with console.progress("held-out text", total, "tokens") as bar:
+    with show_progress("held-out text", total, "tokens") as bar:
         return compare(
             open_logits(reference),
             open_logits(candidate),

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.core.console import Progress
+from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.evaluation.rows import Question
 
 
 def answer_all(
-    checkpoint: Path, questions: Sequence[Question], progress: Progress
+    checkpoint: Path, questions: Sequence[Question], progress: Meter
 ) -> dict[str, str]:
     """Ask a Hugging Face checkpoint, greedily.
 

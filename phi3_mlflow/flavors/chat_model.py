@@ -33,4 +33,4 @@ def _runtime() -> ModuleType:
     return importlib.import_module(f"{name}.front")
 
 
-set_model(_runtime().ChatFront("chat"))
+set_model(_runtime().ChatPythonModel("chat"))

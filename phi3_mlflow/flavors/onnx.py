@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.flavors import packing
-from phi3_mlflow.flavors.packing import Contract
+from phi3_mlflow.flavors import bundle
+from phi3_mlflow.flavors.bundle import Contract
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -45,11 +45,11 @@ def log_onnx(
         name: of the logged model, and of the `model` in its answers unless `model_config` says
             otherwise.
         contract: `chat` answers MLflow's chat schema, `prompt` answers a text with a text.
-        model_config: values of `runtime.answerer.Config`; all can be overridden when loading.
+        model_config: values of `runtime.model_config.ModelConfig`; all can be overridden when loading.
         metadata: goes into the MLmodel file.
         tags, params: of the LoggedModel.
         input_example: a request; default: one of the contract's own.
-        pip_requirements: default: `packing.requirements("onnx")`.
+        pip_requirements: default: `bundle.requirements("onnx")`.
         model_card, license_text: texts, kept as model_card.md and LICENSE.txt beside the model.
 
     Returns:
@@ -66,10 +66,10 @@ def log_onnx(
             "The export step makes such a directory"
         )
     config = {"model_name": name, "rope_switch": rope_switch(onnx_dir), **(model_config or {})}
-    example = packing.CHAT_EXAMPLE if contract == "chat" else packing.PROMPT_EXAMPLE
+    example = bundle.CHAT_EXAMPLE if contract == "chat" else bundle.PROMPT_EXAMPLE
     return Model.log(
         artifact_path=None,
-        name=packing.logged_name(name),
+        name=bundle.logged_name(name),
         flavor=_OnnxFlavor,
         flavor_name="mlflow.pyfunc",
         metadata={**({"task": "llm/v1/chat"} if contract == "chat" else {}), **(metadata or {})},
@@ -82,9 +82,9 @@ def log_onnx(
         contract=contract,
         # Under another name than `model_config`: MLflow would write that into the run's parameters,
         # where two models logged by one run contradict each other.
-        config=packing.full_config(config),
+        config=bundle.full_config(config),
         input_example=input_example or example,
-        pip_requirements=pip_requirements or packing.requirements("onnx"),
+        pip_requirements=pip_requirements or bundle.requirements("onnx"),
         model_card=model_card,
         license_text=license_text,
     )
@@ -113,17 +113,17 @@ class _OnnxFlavor:
         mlflow.pyfunc.save_model(
             path=path,
             mlflow_model=mlflow_model,
-            python_model=packing.code_file(contract),
+            python_model=bundle.code_file(contract),
             model_config=config,
-            signature=packing.signature(contract),
+            signature=bundle.signature(contract),
             **arguments,
         )
-        packing.copy_code(contract, folder)
-        packing.write_documents(folder, model_card, license_text)
+        bundle.copy_code(contract, folder)
+        bundle.write_documents(folder, model_card, license_text)
         _link_files(onnx_dir, folder / ARTIFACT)
         flavor = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]
         flavor["artifacts"] = {"onnx": {"path": ARTIFACT, "uri": ARTIFACT}}
-        flavor["model_code_path"] = packing.code_file(contract).name  # not where it lies here
+        flavor["model_code_path"] = bundle.code_file(contract).name  # not where it lies here
         mlflow_model.model_size_bytes = get_total_file_size(folder)
         mlflow_model.save(str(folder / MLMODEL_FILE_NAME))
 

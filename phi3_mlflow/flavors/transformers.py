@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.flavors import packing
+from phi3_mlflow.flavors import bundle
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -52,7 +52,7 @@ def log_transformers(
             one that the checkpoint's config.json names. It is written down in either case.
         model_config, metadata, tags, params, input_example, model_card, license_text: as in
             `phi3_mlflow.flavors.onnx.log_onnx`.
-        pip_requirements: default: `packing.requirements("transformers")`.
+        pip_requirements: default: `bundle.requirements("transformers")`.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.
@@ -68,14 +68,14 @@ def log_transformers(
     dtype = _dtype(checkpoint) if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, auto")
-    config = packing.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
+    config = bundle.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
     info = mlflow.transformers.log_model(
         transformers_model=str(checkpoint.resolve()),
-        name=packing.logged_name(name),
+        name=bundle.logged_name(name),
         task=TASK,
         torch_dtype=getattr(torch, dtype),
-        input_example=input_example or packing.CHAT_EXAMPLE,
-        pip_requirements=pip_requirements or packing.requirements("transformers"),
+        input_example=input_example or bundle.CHAT_EXAMPLE,
+        pip_requirements=pip_requirements or bundle.requirements("transformers"),
         model_card=_card(model_card),
         metadata=metadata,
         params=params,
@@ -103,8 +103,8 @@ def _put_front(info: ModelInfo, config: dict[str, Any], license_text: str) -> Mo
         _describe(model, config)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            packing.copy_code("chat", folder)
-            packing.write_documents(folder, None, license_text)
+            bundle.copy_code("chat", folder)
+            bundle.write_documents(folder, None, license_text)
             # Last: until the MLmodel file names the front, the model is MLflow's own, and whole.
             client.log_model_artifacts(info.model_id, str(folder))
             model.save(str(folder / MLMODEL_FILE_NAME))
@@ -121,7 +121,7 @@ def _describe(model: Model, config: dict[str, Any]) -> None:
     pyfunc = model.flavors["python_function"]
     pyfunc.update(
         loader_module="mlflow.pyfunc.loaders.code_model",
-        model_code_path=packing.code_file("chat").name,
+        model_code_path=bundle.code_file("chat").name,
         streamable=True,
         config=config,
         artifacts={
@@ -129,7 +129,7 @@ def _describe(model: Model, config: dict[str, Any]) -> None:
             "tokenizer": {"path": "components/tokenizer", "uri": "components/tokenizer"},
         },
     )
-    model.signature = packing.signature("chat")
+    model.signature = bundle.signature("chat")
 
 
 def _card(text: str | None) -> Any:

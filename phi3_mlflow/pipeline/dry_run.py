@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.pipeline.runner import for_step
@@ -48,7 +48,7 @@ class DryRun:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._store = Store()
+        self._store = StepCache()
         self.forecasts: list[Forecast] = []
 
     def go_on_with(self, profile: Profile) -> None:

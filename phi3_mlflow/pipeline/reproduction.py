@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.manifests import Manifest, sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError
@@ -155,7 +155,7 @@ def rebuild(
         if returncode != 0:
             close_run(run_id, "FAILED" if returncode > 0 else "KILLED")
             raise StepFailed(step, returncode if returncode > 0 else 1)
-    entry = Store(cache).latest(content["name"], steps[-1])
+    entry = StepCache(cache).latest(content["name"], steps[-1])
     if entry is None:
         raise EnvironmentProblem(f"step {steps[-1]} ended well and left nothing in {cache}")
     return content_manifest(entry.path)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
@@ -36,7 +36,7 @@ class Pipeline(AbstractContextManager["Pipeline"]):
     def __init__(self, request: Request, parent_run_id: str) -> None:
         self._request = request
         self._parent = parent_run_id
-        self._store = Store()
+        self._store = StepCache()
         self._held = ExitStack()
         self._processes: BaseContext | None = None
         self.outcomes: list[Outcome] = []

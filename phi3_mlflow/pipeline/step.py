@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store, key_of
+from phi3_mlflow.artifacts.cache import Entry, StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import Closure, closure, version_of
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
 from phi3_mlflow.config.parameters import SHARED, Request
@@ -63,7 +63,7 @@ class Work:
     inputs: Mapping[str, Input]
     out: Path
     run: StepRun
-    store: Store
+    store: StepCache
     key: str
     settings: Mapping[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Step:
     name: str
     summary: str
     parameters: tuple[str, ...]
-    inputs: Callable[[Request, Store], dict[str, Input]]
+    inputs: Callable[[Request, StepCache], dict[str, Input]]
     settings: Callable[[Request], dict[str, Any]]
     work: Callable[[Work], None]
     module: str | None = None
@@ -151,7 +151,7 @@ class Plan:
     key: str
 
 
-def plan(step: Step, request: Request, store: Store) -> Plan:
+def plan(step: Step, request: Request, store: StepCache) -> Plan:
     """Find a step's inputs and the key of its output.
 
     Raises:
@@ -168,7 +168,7 @@ def plan(step: Step, request: Request, store: Store) -> Plan:
     return Plan(step, request, inputs, parts, key_of(parts))
 
 
-def hit(planned: Plan, store: Store) -> Entry | None:
+def hit(planned: Plan, store: StepCache) -> Entry | None:
     """The output of a planned step, when it is in the cache, whole, and still in MLflow."""
     if planned.step.always or planned.request.flag("force"):
         return None
@@ -194,7 +194,7 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
     """
     from phi3_mlflow.tracking.runs import step_run
 
-    store = Store()
+    store = StepCache()
     store.sweep()
     with ExitStack() as held:
         with store.settling():
@@ -218,7 +218,7 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
     return Outcome(step.name, entry, was_there, run.run_id)
 
 
-def _do(planned: Plan, run: StepRun, store: Store) -> Entry:
+def _do(planned: Plan, run: StepRun, store: StepCache) -> Entry:
     step = planned.step
     origin = {
         "parts": planned.parts,
@@ -251,7 +251,7 @@ CHECKPOINT = "a Hugging Face checkpoint"
 ONNX = "an ONNX model that onnxruntime-genai opens"
 
 
-def folder_input(request: Request, store: Store, name: str, before: str, what: str) -> Input:
+def folder_input(request: Request, store: StepCache, name: str, before: str, what: str) -> Input:
     """The folder that a parameter names, or with `auto` what the step before left.
 
     Args:
@@ -275,7 +275,7 @@ def directory_input(name: str, text: str, what: str) -> Input:
         UserError: it is not a folder, or its content differs from its own manifest.
     """
     path = Path(text).expanduser()
-    if entry := Store().holding(path):
+    if entry := StepCache().holding(path):
         return entry_input(entry)
     if not path.is_dir():
         raise UserError(f"parameter: {name} = {text!r}: there is no folder {path.absolute()}")
@@ -290,7 +290,7 @@ def directory_input(name: str, text: str, what: str) -> Input:
     return Input(str(path.absolute()), found.digest)
 
 
-def preceding_output(request: Request, store: Store, name: str, *steps: str) -> Entry:
+def preceding_output(request: Request, store: StepCache, name: str, *steps: str) -> Entry:
     """What one of the steps before last left for the profile.
 
     Args:

@@ -15,17 +15,17 @@ class Choice:
     Attributes:
         tokens: how many tokens the model made for it, the one that ended the turn included.
         finish_reason: `stop` (the model ended its turn, or a stop text came up) or `length`.
-        chances: log probabilities of tokens, see `chances.Chances`.
+        logprobs: log probabilities of tokens, see `logprobs.LogprobCollector`.
     """
 
     text: str
     tokens: int
     finish_reason: str
-    chances: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
-    def take_chances(self) -> list[dict[str, Any]]:
+    def take_logprobs(self) -> list[dict[str, Any]]:
         """Those that came since this was called last."""
-        taken, self.chances = self.chances, []
+        taken, self.logprobs = self.logprobs, []
         return taken
 
 

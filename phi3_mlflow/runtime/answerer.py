@@ -13,11 +13,11 @@ from typing import Any, cast
 import numpy as np
 
 from .answer import Choice
-from .chances import Chances
-from .engine import Engine, Guided, Session, Settings, cuts
+from .logprobs import LogprobCollector
+from .engine import Engine, Guided, Session, EngineSettings, cuts
 from .live import Abandoned, abandoned_by, watched
-from .prefixes import Prefixes
-from .request import Request, RequestError
+from .prefix_cache import PrefixCache
+from .request import GenerationRequest, RequestError
 from .sampling import Sampler
 from .text import StopFinder
 
@@ -26,7 +26,7 @@ _NONE = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """Every `model_config` value, with what applies when it is not given.
 
     All of them are written into the logged model, because MLflow lets a value be overridden at
@@ -34,7 +34,7 @@ class Config:
 
     Attributes:
         model_name: the `model` of every answer.
-        threads, max_context, provider, rope_switch, dtype, batch: see `engine.Settings`.
+        threads, max_context, provider, rope_switch, dtype, batch: see `engine.EngineSettings`.
         max_tokens: new tokens at most, for requests that say nothing.
         temperature, top_p: for requests that say nothing; temperature 0 is greedy.
         prefix_cache_mb: megabytes of key-value cache kept for the next turn; 0 keeps nothing.
@@ -55,7 +55,7 @@ class Config:
     batch: int = 1
 
     @classmethod
-    def read(cls, values: Mapping[str, Any] | None) -> Config:
+    def read(cls, values: Mapping[str, Any] | None) -> ModelConfig:
         """Check `model_config`.
 
         Raises:
@@ -84,20 +84,20 @@ _POSITIVE = ("max_tokens", "prefill_chunk", "batch")
 class Answerer:
     """Runs requests on one engine; safe to use from several threads at once."""
 
-    def __init__(self, engine: Engine, config: Config) -> None:
+    def __init__(self, engine: Engine, config: ModelConfig) -> None:
         self.engine = engine
         self.config = config
-        self._turns = engine.turns
-        self.prefixes = Prefixes(engine, config.prefix_cache_mb * MEGABYTE, self._cuts)
+        self._lock = engine.lock
+        self.prefixes = PrefixCache(engine, config.prefix_cache_mb * MEGABYTE, self._cuts)
 
-    def prepare(self, wanted: Request) -> tuple[list[int], int]:
+    def prepare(self, wanted: GenerationRequest) -> tuple[list[int], int]:
         """Tokens of the prompt, and how many new ones the answer may have.
 
         Raises:
             RequestError: the prompt, or what is asked for on top of it, is beyond the context.
         """
         engine, field = self.engine, "prompt" if wanted.messages is None else "messages"
-        with self._turns:
+        with self._lock:
             if wanted.messages is None:
                 tokens = engine.encode(wanted.prompt or "")
             else:
@@ -121,7 +121,7 @@ class Answerer:
             )
         return tokens, wanted.max_tokens
 
-    def answer(self, wanted: Request, tokens: list[int], limit: int) -> list[Choice]:
+    def answer(self, wanted: GenerationRequest, tokens: list[int], limit: int) -> list[Choice]:
         """All choices of a request, whole."""
         choices = []
         for index in range(wanted.n):
@@ -137,14 +137,14 @@ class Answerer:
             choices.append(choice)
         return choices
 
-    def answers(self, jobs: Sequence[tuple[Request, list[int], int]]) -> list[list[Choice]]:
+    def answers(self, jobs: Sequence[tuple[GenerationRequest, list[int], int]]) -> list[list[Choice]]:
         """What `answer` gives for each of several requests, together where the engine can."""
         together = min(self.engine.together, len(jobs))
         if together < 2:
             return [self.answer(*job) for job in jobs]
         left = watched()
 
-        def one(job: tuple[Request, list[int], int]) -> list[Choice]:
+        def one(job: tuple[GenerationRequest, list[int], int]) -> list[Choice]:
             with abandoned_by(left):
                 return self.answer(*job)
 
@@ -153,7 +153,7 @@ class Answerer:
 
     def pieces(
         self,
-        wanted: Request,
+        wanted: GenerationRequest,
         tokens: list[int],
         limit: int,
         index: int,
@@ -169,7 +169,7 @@ class Answerer:
         """
         choice = choice or Choice("", 0, "length")
         session, done = self._session(wanted, tokens, limit)
-        turn = nullcontext() if session.shared else self._turns
+        turn = nullcontext() if session.shared else self._lock
         try:
             left = watched()
             for end in self._cuts(tokens):
@@ -191,7 +191,7 @@ class Answerer:
 
     def _words(
         self,
-        wanted: Request,
+        wanted: GenerationRequest,
         session: Session,
         limit: int,
         index: int,
@@ -203,16 +203,16 @@ class Answerer:
         sampler, stops = Sampler(wanted.sampling, index), StopFinder(wanted.stop)
         decode = self.engine.decoder()
         top = wanted.top_logprobs
-        chances = None if top is None else Chances(top, self.engine.spell)
+        logprobs = None if top is None else LogprobCollector(top, self.engine.spell)
         token: int | None = None
         while choice.tokens < limit:
             if left.is_set():
                 raise Abandoned
             with turn:
                 if wanted.schema is not None:
-                    logits = session.logits() if chances else _NONE
+                    logits = session.logits() if logprobs else _NONE
                     token = cast(Guided, session).choose(sampler)
-                elif sampler.greedy and chances is None:
+                elif sampler.greedy and logprobs is None:
                     token = session.follow(token)
                 else:
                     if token is not None:
@@ -223,9 +223,9 @@ class Answerer:
                 ended = token in self.engine.ends
                 piece = "" if ended else decode(token)
                 text = stops.feed(piece)
-            if chances and not ended:
-                chances.note(token, logits, len(piece))
-                choice.chances += chances.shown(len(text))
+            if logprobs and not ended:
+                logprobs.note(token, logits, len(piece))
+                choice.logprobs += logprobs.shown(len(text))
             if ended or stops.found:
                 choice.finish_reason = "stop"
             if text:
@@ -233,13 +233,13 @@ class Answerer:
             if choice.finish_reason == "stop":
                 break
         if rest := stops.rest():
-            choice.chances += chances.shown(len(rest)) if chances else []
+            choice.logprobs += logprobs.shown(len(rest)) if logprobs else []
             yield rest
 
-    def _session(self, wanted: Request, tokens: list[int], limit: int) -> tuple[Session, int]:
+    def _session(self, wanted: GenerationRequest, tokens: list[int], limit: int) -> tuple[Session, int]:
         if wanted.schema is None:
             return self.prefixes.take(tokens, limit)
-        with self._turns:
+        with self._lock:
             return self.engine.open_guided(len(tokens) + limit, wanted.schema), 0
 
     def _cuts(self, tokens: Sequence[int]) -> list[int]:
@@ -247,15 +247,15 @@ class Answerer:
         return cuts(tokens, engine.ends, self.config.prefill_chunk, engine.rope_switch)
 
 
-def onnx_engine(folder: Path, settings: Settings) -> Engine:
+def onnx_engine(folder: Path, settings: EngineSettings) -> Engine:
     """The engine for a directory of the model builder: for batches if they are wanted."""
     if settings.batch > 1:
         from .engine_batch import BatchEngine
-        from .rows import NotForBatches
+        from .batch_graph import NotBatchable
 
         try:
             return BatchEngine(folder, settings)
-        except NotForBatches as reason:
+        except NotBatchable as reason:
             logging.getLogger(__name__).warning(
                 "model_config batch: requests take turns, because the model %s", reason
             )

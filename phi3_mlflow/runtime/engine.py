@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from .sampling import Sampler
-from .turns import Turns
+from .fair_lock import FairLock
 
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
@@ -70,7 +70,7 @@ class Engine(Protocol):
     """Length beyond which positions are encoded differently (LongRoPE), or 0."""
     together: int
     """Sequences that it computes at once; 1: one after the other."""
-    turns: Turns
+    turns: FairLock
     """Held by whoever makes the engine compute, but for sessions that are `shared`."""
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -97,7 +97,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """How an engine is set up: the values of `model_config` that concern it.
 
     Attributes:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .engine import Guided, Session, Settings
+from .engine import Guided, Session, EngineSettings
 from .engine_genai import GenaiEngine
 from .genai_folder import GenaiFolder, threads
-from .rows import Graph, NotForBatches
-from .turns import Turns
+from .batch_graph import BatchGraph, NotBatchable
+from .fair_lock import FairLock
 
 # A sequence that was computed in the last step is waited for so long before the next one begins:
 # its thread is choosing the token.
@@ -36,24 +36,24 @@ class BatchEngine(GenaiFolder):
         folder: holds genai_config.json, the graph with its weights, and the tokenizer.
 
     Raises:
-        NotForBatches: this model or this setting needs another engine.
+        NotBatchable: this model or this setting needs another engine.
         ValueError: a setting that this model cannot meet.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
         super().__init__(folder, settings)
         if settings.provider != "cpu":
-            raise NotForBatches(f"runs on {settings.provider}")
+            raise NotBatchable(f"runs on {settings.provider}")
         self.together = settings.batch
-        graph = Graph(folder, self.about, threads(settings), settings.batch, self.context)
-        self._together = Together(graph, self.turns)
+        graph = BatchGraph(folder, self.about, threads(settings), settings.batch, self.context)
+        self._scheduler = BatchScheduler(graph, self.lock)
         self._alone: GenaiEngine | None = None
         self._guard = threading.Lock()
 
     def open(self, capacity: int) -> Session:
         if 0 < self.rope_switch < capacity:
             return self._other().open(capacity)
-        return BatchSession(self._together, self.rope_switch or self.context)
+        return BatchSession(self._scheduler, self.rope_switch or self.context)
 
     def open_guided(self, capacity: int, schema: str) -> Guided:
         return self._other().open_guided(capacity, schema)
@@ -71,12 +71,12 @@ class BatchSession:
     shared = True
     reusable = True
 
-    def __init__(self, together: Together, room: int) -> None:
+    def __init__(self, together: BatchScheduler, room: int) -> None:
         self.room = room
         self.length = 0
         self.row: int | None = None
         self.saved: list[np.ndarray] = []
-        self._together = together
+        self._scheduler = together
         self._logits = np.empty(0, dtype=np.float32)
 
     @property
@@ -84,7 +84,7 @@ class BatchSession:
         return self.length
 
     def extend(self, tokens: Sequence[int]) -> None:
-        self._logits = self._together.compute(self, tokens)
+        self._logits = self._scheduler.compute(self, tokens)
 
     def logits(self) -> np.ndarray:
         return self._logits
@@ -98,7 +98,7 @@ class BatchSession:
         self.length = length
 
     def rest(self, length: int) -> None:
-        self._together.rest(self, length)
+        self._scheduler.rest(self, length)
 
 
 @dataclass(eq=False)
@@ -110,7 +110,7 @@ class _Job:
     done: bool = False
 
 
-class Together:
+class BatchScheduler:
     """Computes what several threads ask for at the same time.
 
     A piece of a prompt is computed by itself, a token of an answer together with those of all
@@ -121,9 +121,9 @@ class Together:
         turns: shared with whoever else computes on this machine's cores.
     """
 
-    def __init__(self, graph: Graph, turns: Turns) -> None:
+    def __init__(self, graph: BatchGraph, turns: FairLock) -> None:
         self._graph = graph
-        self._turns = turns
+        self._lock = turns
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._rows: list[BatchSession | None] = [None] * graph.rows
@@ -185,7 +185,7 @@ class Together:
         with self._changed:
             self._changed.wait_for(lambda: not self._expected, _PATIENCE_S)
             self._expected.clear()  # who is slower than that is not waited for again
-        with self._turns:
+        with self._lock:
             with self._changed:
                 jobs = self._next()
             if jobs:

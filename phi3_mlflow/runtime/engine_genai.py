@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Settings
+from .engine import EngineSettings
 from .genai_folder import GenaiFolder, threads
 from .request import RequestError
 from .sampling import Sampler
@@ -27,7 +27,7 @@ class GenaiEngine(GenaiFolder):
 
     together = 1
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
         super().__init__(folder, settings)
         self._model = self._og.Model(_config(self._og, folder, settings))
 
@@ -141,8 +141,8 @@ class GuidedSession(GenaiSession):
         return token
 
 
-def _config(og: Any, folder: Path, settings: Settings) -> Any:
-    config = og.Config(str(folder))
+def _config(og: Any, folder: Path, settings: EngineSettings) -> Any:
+    config = og.ModelConfig(str(folder))
     config.clear_providers()
     if settings.provider == "cuda":
         if not og.is_cuda_available():

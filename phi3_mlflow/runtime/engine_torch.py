@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Guided, Settings
+from .engine import Guided, EngineSettings
 from .request import RequestError
-from .turns import Turns
+from .fair_lock import FairLock
 from .vocabulary import Vocabulary
 
 
@@ -27,7 +27,7 @@ class TorchEngine:
 
     together = 1
 
-    def __init__(self, checkpoint: Path, tokenizer: Path, settings: Settings) -> None:
+    def __init__(self, checkpoint: Path, tokenizer: Path, settings: EngineSettings) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,7 +44,7 @@ class TorchEngine:
             raise ValueError(f"model_config dtype: {settings.dtype!r} is no number type of torch")
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.turns = Turns()
+        self.lock = FairLock()
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         self._vocabulary = Vocabulary(tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(

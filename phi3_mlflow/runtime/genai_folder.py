@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .engine import Settings
+from .engine import EngineSettings
 from .request import RequestError
-from .turns import Turns
+from .fair_lock import FairLock
 from .vocabulary import Vocabulary
 
 # onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
@@ -27,7 +27,7 @@ class GenaiFolder:
         ValueError: a setting that this model cannot meet.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
         import onnxruntime_genai as og
 
         self._og = og
@@ -40,7 +40,7 @@ class GenaiFolder:
                 f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
                 "that the model was made for"
             )
-        self.turns = Turns()
+        self.lock = FairLock()
         self.context = settings.max_context or made_for
         self.rope_switch = settings.rope_switch
         self.about: dict[str, Any] = about["decoder"]
@@ -86,6 +86,6 @@ class GenaiFolder:
         return self._vocabulary.spell(token)
 
 
-def threads(settings: Settings) -> int:
+def threads(settings: EngineSettings) -> int:
     """Processor threads to take: left alone, onnxruntime-genai takes half of them."""
     return settings.threads or len(os.sched_getaffinity(0))

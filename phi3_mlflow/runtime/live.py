@@ -48,7 +48,7 @@ class Part:
     """A piece of choice `index`. The last piece of a choice has its `finish_reason`.
 
     Attributes:
-        chances: `Chances.shown` for this text, when they were asked for.
+        logprobs: `LogprobCollector.shown` for this text, when they were asked for.
         tokens: tokens made for this choice so far.
     """
 
@@ -56,7 +56,7 @@ class Part:
     text: str
     tokens: int
     finish_reason: str | None = None
-    chances: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Reply:
@@ -67,7 +67,7 @@ class Reply:
         tokens: tokens made so far, for all choices.
     """
 
-    def __init__(self, answerer: Answerer, wanted: request.Request) -> None:
+    def __init__(self, answerer: Answerer, wanted: request.GenerationRequest) -> None:
         self._answerer = answerer
         self._wanted = wanted
         self._tokens, self._limit = answerer.prepare(wanted)
@@ -83,11 +83,11 @@ class Reply:
             try:
                 for text in running:
                     self.tokens = before + choice.tokens
-                    yield Part(index, text, choice.tokens, None, choice.take_chances())
+                    yield Part(index, text, choice.tokens, None, choice.take_logprobs())
             finally:
                 running.close()
                 self.tokens = before + choice.tokens
-            yield Part(index, "", choice.tokens, choice.finish_reason, choice.take_chances())
+            yield Part(index, "", choice.tokens, choice.finish_reason, choice.take_logprobs())
 
 
 class Live:
@@ -105,7 +105,7 @@ class Live:
         self.context: int = answerer.engine.context
         self.together: int = answerer.engine.together
 
-    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> request.Request:
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> request.GenerationRequest:
         """Check a request, `chat` (messages) or `prompt`; takes no time to speak of.
 
         Raises:
@@ -114,10 +114,10 @@ class Live:
         config = self._answerer.config
         read = request.parse_prompt if contract == "prompt" else request.parse_chat
         given = {key: value for key, value in row.items() if value is not None}
-        defaults = request.Defaults(config.temperature, config.top_p)
+        defaults = request.SamplingDefaults(config.temperature, config.top_p)
         return read(given, defaults, self.context)
 
-    def begin(self, wanted: request.Request) -> Reply:
+    def begin(self, wanted: request.GenerationRequest) -> Reply:
         """Take up a request: renders and tokenizes the prompt, which waits for its turn.
 
         Raises:

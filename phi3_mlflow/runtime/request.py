@@ -55,7 +55,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A request that passed validation; `max_tokens` None means the model's default.
 
     Attributes:
@@ -75,7 +75,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Defaults:
+class SamplingDefaults:
     """What applies where a request says nothing."""
 
     temperature: float = 0.0
@@ -208,7 +208,7 @@ class _Fields:
             self.problems.append("tools: this model calls no tools; leave the field out")
 
 
-def parse_chat(row: Mapping[str, Any], defaults: Defaults, context: int) -> Request:
+def parse_chat(row: Mapping[str, Any], defaults: SamplingDefaults, context: int) -> GenerationRequest:
     """Check one chat request.
 
     Args:
@@ -226,7 +226,7 @@ def parse_chat(row: Mapping[str, Any], defaults: Defaults, context: int) -> Requ
     return _request(fields, defaults, context, messages=messages, prompt=None)
 
 
-def parse_prompt(row: Mapping[str, Any], defaults: Defaults, context: int) -> Request:
+def parse_prompt(row: Mapping[str, Any], defaults: SamplingDefaults, context: int) -> GenerationRequest:
     """Check one request of the plain contract: `prompt`, and the sampling fields if it has them."""
     fields = _Fields(row)
     prompt = row.get("prompt")
@@ -241,12 +241,12 @@ def parse_prompt(row: Mapping[str, Any], defaults: Defaults, context: int) -> Re
 
 def _request(
     fields: _Fields,
-    defaults: Defaults,
+    defaults: SamplingDefaults,
     context: int,
     *,
     messages: list[dict[str, str]] | None,
     prompt: str | None,
-) -> Request:
+) -> GenerationRequest:
     temperature = fields.number("temperature", defaults.temperature, 0.0, MAX_TEMPERATURE)
     top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
     sampling = Sampling(
@@ -267,7 +267,7 @@ def _request(
         )
     if fields.problems:
         raise RequestError(fields.problems)
-    return Request(messages, prompt, max_tokens, stop, n, sampling, top_logprobs, schema)
+    return GenerationRequest(messages, prompt, max_tokens, stop, n, sampling, top_logprobs, schema)
 
 
 def _seed(fields: _Fields) -> int:

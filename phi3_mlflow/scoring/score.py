@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.progress import Meter, show_progress
 from phi3_mlflow.scoring.files import RowFile, open_rows
 from phi3_mlflow.scoring.journal import Journal
 from phi3_mlflow.scoring.local import Batch, LocalEngine, Scored, cores, fitting_workers
@@ -286,7 +287,7 @@ def _score_rest(
     unanswerable: list[tuple[int, Result]] = []
     engine = _engine(order, model, journal.header[SEED], -(-missing // order.batch_size))
     started = time.monotonic()
-    with console.progress("scoring", missing, "rows") as progress:
+    with show_progress("scoring", missing, "rows") as progress:
         batches = _batches(source, journal, model, order.batch_size, unanswerable)
         # Closed here and now, whatever happens: the workers end with it.
         with closing(engine.run(batches)) as results:
@@ -300,7 +301,7 @@ def _score_rest(
     outcome.models_loaded = engine.models_loaded
 
 
-def _note(journal: Journal, results: Scored, progress: console.Progress) -> None:
+def _note(journal: Journal, results: Scored, progress: Meter) -> None:
     if results:
         journal.append(results)
         progress.advance(len(results))

@@ -15,19 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from phi3_mlflow.server import mlflow_routes, openai_routes
-from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
-from phi3_mlflow.server.exchange import Desk
+from phi3_mlflow.server.exchange import RequestQueue
 from phi3_mlflow.server.guard import Guard
 from phi3_mlflow.server.holder import Holder
 from phi3_mlflow.server.metrics import CONTENT_TYPE, Metrics
-from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.settings import ServerSettings
 from phi3_mlflow.server.tracing import Tracer
 
 PAGE = Path(__file__).with_name("static") / "chat.html"
 
 
-def create_app(settings: Settings, holder: Holder, uri: str) -> FastAPI:
+def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
     """The server's application.
 
     Args:
@@ -35,8 +35,8 @@ def create_app(settings: Settings, holder: Holder, uri: str) -> FastAPI:
         uri: the model URI it was started with.
     """
     metrics = Metrics()
-    desk = Desk(settings.running, settings.waiting, settings.limit_s, metrics)
-    context = Context(settings, uri, holder, desk, metrics, Tracer(settings.trace))
+    queue = RequestQueue(settings.running, settings.waiting, settings.limit_s, metrics)
+    context = ServerContext(settings, uri, holder, queue, metrics, Tracer(settings.trace))
     _watch(context)
 
     @asynccontextmanager
@@ -44,7 +44,7 @@ def create_app(settings: Settings, holder: Holder, uri: str) -> FastAPI:
         holder.start()
         yield
         holder.stop()
-        desk.close()
+        queue.close()
         context.tracer.close()
 
     app = FastAPI(title="phi3-mlflow", openapi_url=None, lifespan=life)
@@ -78,11 +78,11 @@ def create_app(settings: Settings, holder: Holder, uri: str) -> FastAPI:
     return app
 
 
-def _watch(context: Context) -> None:
+def _watch(context: ServerContext) -> None:
     """Tie the gauges and the model's metrics to what they show."""
-    metrics, desk, holder = context.metrics, context.desk, context.holder
-    metrics.watch("phi3_running", "Requests being answered", lambda: desk.admission.running)
-    metrics.watch("phi3_waiting", "Requests in the queue", lambda: desk.admission.waiting)
+    metrics, queue, holder = context.metrics, context.queue, context.holder
+    metrics.watch("phi3_running", "Requests being answered", lambda: queue.admission.running)
+    metrics.watch("phi3_waiting", "Requests in the queue", lambda: queue.admission.waiting)
     metrics.watch(
         "phi3_prefix_cache_bytes",
         "Key-value cache kept for next turns",

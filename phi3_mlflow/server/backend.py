@@ -33,7 +33,7 @@ class Part(Protocol):
     text: str
     tokens: int
     finish_reason: str | None
-    chances: list[dict[str, Any]]
+    logprobs: list[dict[str, Any]]
 
 
 class Reply(Protocol):
@@ -86,7 +86,7 @@ class _Piece:
     text: str
     tokens: int = 0
     finish_reason: str | None = None
-    chances: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class MlflowChat:
@@ -102,7 +102,7 @@ class MlflowChat:
         if contract != "chat":
             raise ApiError(400, "prompt: this model answers chats only", "unsupported", "prompt")
         given = {key: value for key, value in row.items() if value is not None}
-        wanted = contract_rules.parse_chat(given, contract_rules.Defaults(), _ANY_CONTEXT)
+        wanted = contract_rules.parse_chat(given, contract_rules.SamplingDefaults(), _ANY_CONTEXT)
         sampling = wanted.sampling
         refused = {
             "n": wanted.n != 1,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi3_mlflow.server.exchange import Desk
+from phi3_mlflow.server.exchange import RequestQueue
 from phi3_mlflow.server.holder import Holder
 from phi3_mlflow.server.metrics import Metrics
-from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.settings import ServerSettings
 from phi3_mlflow.server.tracing import Tracer
 
 
 @dataclass(frozen=True)
-class Context:
+class ServerContext:
     """`uri` is the model URI that the server was started with."""
 
-    settings: Settings
+    settings: ServerSettings
     uri: str
     holder: Holder
-    desk: Desk
+    queue: RequestQueue
     metrics: Metrics
     tracer: Tracer

@@ -34,7 +34,7 @@ class _End:
 
 
 @dataclass
-class Figures:
+class RequestStats:
     """What is known of a request when it is over; times in seconds since it came."""
 
     version: str
@@ -53,7 +53,7 @@ class Figures:
         return (self.tokens - 1) / (self.last_s - self.first_s)
 
 
-class Desk:
+class RequestQueue:
     """Where requests are taken: places, threads and figures, shared by all doors of a server."""
 
     def __init__(self, running: int, waiting: int, limit_s: float, metrics: Metrics) -> None:
@@ -84,13 +84,13 @@ class Exchange:
 
     def __init__(
         self,
-        desk: Desk,
+        queue: RequestQueue,
         request: Request,
         loaded: Loaded,
-        done: Callable[[Figures], None] = lambda figures: None,
+        done: Callable[[RequestStats], None] = lambda figures: None,
     ) -> None:
-        self.figures = Figures(loaded.version)
-        self._desk = desk
+        self.figures = RequestStats(loaded.version)
+        self._queue = queue
         self._request = request
         self._loaded = loaded
         self._done = done
@@ -101,8 +101,8 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue[Any] = asyncio.Queue()
         self._watch = self._loop.create_task(self._watch_client())
-        self._timer = self._loop.call_later(desk.limit_s, self._time_is_up)
-        desk.open.add(self)
+        self._timer = self._loop.call_later(queue.limit_s, self._time_is_up)
+        queue.open.add(self)
 
     async def begin(self, work: Callable[[Callable[[Any], None]], None]) -> None:
         """Wait for a place and set the model to work.
@@ -114,7 +114,7 @@ class Exchange:
             ApiError: the queue is full, or the wait took too long.
             ClientLeft: the client did not wait.
         """
-        entering = self._loop.create_task(self._desk.admission.enter())
+        entering = self._loop.create_task(self._queue.admission.enter())
         interrupted = self._loop.create_task(self._results.get())
         try:
             await asyncio.wait((entering, interrupted), return_when=asyncio.FIRST_COMPLETED)
@@ -131,7 +131,7 @@ class Exchange:
             self._finish("rejected")
             entering.result()  # raises
         self._entered = time.perf_counter()
-        self._loop.run_in_executor(self._desk.threads, self._run, work)
+        self._loop.run_in_executor(self._queue.threads, self._run, work)
 
     async def results(self) -> AsyncIterator[Any]:
         """What the work hands over, until it is done.
@@ -163,7 +163,7 @@ class Exchange:
             task.cancel()
         await asyncio.gather(entering, other, return_exceptions=True)
         if not entering.cancelled() and entering.exception() is None:
-            self._desk.admission.leave(0.0)
+            self._queue.admission.leave(0.0)
         self._finish(self.figures.outcome if self._left.is_set() else "cancelled")
 
     async def _watch_client(self) -> None:
@@ -172,7 +172,7 @@ class Exchange:
         self._interrupt("cancelled", ClientLeft())
 
     def _time_is_up(self) -> None:
-        seconds = f"{self._desk.limit_s:g}"
+        seconds = f"{self._queue.limit_s:g}"
         self._interrupt(
             "timed_out",
             ApiError(504, f"no whole answer within the limit of {seconds} s", "timeout"),
@@ -204,7 +204,7 @@ class Exchange:
             self._loop.call_soon_threadsafe(what, *arguments)
 
     def _worker_ended(self, error: Exception | None) -> None:
-        self._desk.admission.leave(time.perf_counter() - self._entered)
+        self._queue.admission.leave(time.perf_counter() - self._entered)
         outcome = self.figures.outcome
         if error is not None:
             outcome = "failed"
@@ -215,8 +215,8 @@ class Exchange:
         self._finished = True
         self._timer.cancel()
         self._watch.cancel()
-        self._desk.open.discard(self)
-        figures, metrics = self.figures, self._desk.metrics
+        self._queue.open.discard(self)
+        figures, metrics = self.figures, self._queue.metrics
         figures.outcome = outcome
         figures.total_s = time.perf_counter() - self._began
         if outcome == "cancelled":

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.metrics import Metrics
-from phi3_mlflow.server.settings import Settings, is_loopback
+from phi3_mlflow.server.settings import ServerSettings, is_loopback
 
 log = logging.getLogger("phi3_mlflow.server")
 OPEN = ("/", "/ping", "/health", "/version")
@@ -31,7 +31,7 @@ _BODY_S = 30.0  # within which a body has to arrive
 class Guard:
     """ASGI middleware around everything: key, host, request id, errors, log line, metrics."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange
 from phi3_mlflow.server.guard import log_failure, read_body
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _KINDS = ("application/json", "text/csv")
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/ping")
@@ -47,7 +47,7 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-async def _invoke(context: Context, request: Request) -> Response:
+async def _invoke(context: ServerContext, request: Request) -> Response:
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() not in _KINDS:
         raise ApiError(
@@ -62,7 +62,7 @@ async def _invoke(context: Context, request: Request) -> Response:
     def work(hand_over: Callable[[Any], None]) -> None:
         hand_over(_predict(model, body, kind))
 
-    exchange = Exchange(context.desk, request, loaded)
+    exchange = Exchange(context.queue, request, loaded)
     try:
         await exchange.begin(work)
         (answer,) = [result async for result in exchange.results()]

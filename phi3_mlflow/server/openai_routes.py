@@ -10,9 +10,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
-from phi3_mlflow.server.exchange import ClientLeft, Exchange, Figures
+from phi3_mlflow.server.exchange import ClientLeft, Exchange, RequestStats
 from phi3_mlflow.server.guard import json_only, log_failure, read_body
 from phi3_mlflow.server.holder import Loaded
 from phi3_mlflow.server.protocol import Answer, ChatRequest, TextRequest, parse
@@ -21,7 +21,7 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Kind = Literal["chat", "text"]
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions")
@@ -51,7 +51,7 @@ def version_of(loaded: Loaded) -> dict[str, str]:
     return {"x-model-version": loaded.version}
 
 
-async def _answer(context: Context, request: Request, kind: Kind) -> Response:
+async def _answer(context: ServerContext, request: Request, kind: Kind) -> Response:
     json_only(request)
     body = await read_body(request, context.settings.body_limit)
     # Reading a megabyte of JSON takes long enough to be felt by others' streams.
@@ -65,12 +65,12 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
     row = asked.row()
     wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
 
-    def done(figures: Figures) -> None:
+    def done(figures: RequestStats) -> None:
         if figures.outcome == "rejected":  # a full queue is no time to write traces
             return
         context.tracer.write(request.url.path, loaded.name, figures, row, "".join(exchange.said))
 
-    exchange = Exchange(context.desk, request, loaded, done)
+    exchange = Exchange(context.queue, request, loaded, done)
     try:
         await exchange.begin(exchange.answer_with(wanted))
         results = exchange.results()
@@ -94,18 +94,18 @@ async def _answer(context: Context, request: Request, kind: Kind) -> Response:
 async def _whole(results: AsyncIterator[Any], reply: Any, answer: Answer) -> dict[str, Any]:
     choices: list[tuple[str, str, list[dict[str, Any]]]] = []
     texts: list[str] = []
-    chances: list[dict[str, Any]] = []
+    logprobs: list[dict[str, Any]] = []
     async for part in results:
         texts.append(part.text)
-        chances += part.chances
+        logprobs += part.logprobs
         if part.finish_reason:
-            choices.append(("".join(texts), part.finish_reason, chances))
-            texts, chances = [], []
+            choices.append(("".join(texts), part.finish_reason, logprobs))
+            texts, logprobs = [], []
     return answer.whole(choices, reply.prompt_tokens, reply.tokens)
 
 
 async def _events(
-    context: Context,
+    context: ServerContext,
     exchange: Exchange,
     results: AsyncIterator[Any],
     reply: Any,
@@ -121,9 +121,9 @@ async def _events(
                 if first := answer.begin(part.index):
                     yield _event(first)
             if part.finish_reason:
-                yield _event(answer.end(part.index, part.finish_reason, part.chances))
+                yield _event(answer.end(part.index, part.finish_reason, part.logprobs))
             else:
-                yield _event(answer.piece(part.index, part.text, part.chances))
+                yield _event(answer.piece(part.index, part.text, part.logprobs))
         if with_usage:
             yield _event(answer.usage(reply.prompt_tokens, reply.tokens))
         yield b"data: [DONE]\n\n"

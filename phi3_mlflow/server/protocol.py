@@ -185,13 +185,13 @@ class Answer:
             return None
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
 
-    def piece(self, index: int, text: str, chances: list[dict[str, Any]]) -> dict[str, Any]:
+    def piece(self, index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
         said = {"delta": {"content": text}} if self._chat else {"text": text}
-        return self._chunk(index, said, None, chances)
+        return self._chunk(index, said, None, logprobs)
 
-    def end(self, index: int, reason: str, chances: list[dict[str, Any]]) -> dict[str, Any]:
+    def end(self, index: int, reason: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-        return self._chunk(index, said, reason, chances or None)
+        return self._chunk(index, said, reason, logprobs or None)
 
     def usage(self, prompt: int, made: int) -> dict[str, Any]:
         """The chunk that ends a stream for which the usage was asked."""
@@ -202,40 +202,40 @@ class Answer:
     ) -> dict[str, Any]:
         """The whole answer from (text, finish reason, log probabilities) of each choice."""
         shaped = []
-        for index, (text, reason, chances) in enumerate(choices):
+        for index, (text, reason, logprobs) in enumerate(choices):
             self._offset = 0
             said: dict[str, Any] = {"text": text}
             if self._chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            logprobs = self._shaped_logprobs(chances) if self._logprobs else None
+            logprobs = self._shaped_logprobs(logprobs) if self._logprobs else None
             shaped.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head, "choices": shaped, "usage": usage(prompt, made)}
 
     def _chunk(
-        self, index: int, said: dict[str, Any], reason: str | None, chances: Any
+        self, index: int, said: dict[str, Any], reason: str | None, logprobs: Any
     ) -> dict[str, Any]:
         choice = {"index": index, **said, "finish_reason": reason}
         if self._logprobs:
-            choice["logprobs"] = self._shaped_logprobs(chances) if chances is not None else None
+            choice["logprobs"] = self._shaped_logprobs(logprobs) if logprobs is not None else None
         return {**self._chunk_head(), "choices": [choice]}
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._chat else {})
 
-    def _shaped_logprobs(self, chances: list[dict[str, Any]]) -> dict[str, Any]:
+    def _shaped_logprobs(self, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._chat:
-            return {"content": chances, "refusal": None}
+            return {"content": logprobs, "refusal": None}
         starts, at = [], self._offset
-        for chance in chances:
+        for chance in logprobs:
             starts.append(at)
             at += len(chance["token"])
         self._offset = at
         return {
-            "tokens": [chance["token"] for chance in chances],
-            "token_logprobs": [chance["logprob"] for chance in chances],
+            "tokens": [chance["token"] for chance in logprobs],
+            "token_logprobs": [chance["logprob"] for chance in logprobs],
             "top_logprobs": [
                 {other["token"]: other["logprob"] for other in chance["top_logprobs"]}
-                for chance in chances
+                for chance in logprobs
             ],
             "text_offset": starts,
         }

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from phi3_mlflow.core.errors import EnvironmentProblem
-from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.settings import ServerSettings
 
 
 class Server(uvicorn.Server):
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
+def run(app: FastAPI, settings: ServerSettings, ready: Callable[[str], None]) -> None:
     """Serve until a signal comes; running answers are finished first.
 
     Args:
@@ -82,11 +82,11 @@ def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     try:
         Server(config, lambda: ready(address)).run([listening])
     finally:
-        app.state.context.desk.abandon_all()
+        app.state.context.queue.abandon_all()
         listening.close()
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: ServerSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -19,7 +19,7 @@ Trace = Literal["off", "figures", "full"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How the server behaves.
 
     Attributes:
@@ -54,7 +54,7 @@ class Settings:
     @classmethod
     def read(
         cls, given: Mapping[str, str], environment: Mapping[str, str] | None = None
-    ) -> Settings:
+    ) -> ServerSettings:
         """From the entry point's parameters (texts) and the environment.
 
         Raises:

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from phi3_mlflow.server.exchange import Figures
+from phi3_mlflow.server.exchange import RequestStats
 from phi3_mlflow.server.settings import Trace
 
 log = logging.getLogger("phi3_mlflow.server")
@@ -39,7 +39,7 @@ class Tracer:
         return self._trace == "full"
 
     def write(
-        self, name: str, model: str, figures: Figures, request: dict[str, Any], answer: str
+        self, name: str, model: str, figures: RequestStats, request: dict[str, Any], answer: str
     ) -> None:
         """Write a request that has just ended.
 
@@ -66,7 +66,7 @@ class Tracer:
             mlflow.flush_trace_async_logging()
 
     def _write(
-        self, name: str, model: str, figures: Figures, inputs: Any, outputs: Any, ended: int
+        self, name: str, model: str, figures: RequestStats, inputs: Any, outputs: Any, ended: int
     ) -> None:
         import mlflow
 

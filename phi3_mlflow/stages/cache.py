@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Iterable
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError, problem_list
@@ -33,7 +33,7 @@ _BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 def main(request: Request) -> None:
     console.set_quiet(request.flag("quiet"))
     age, size = limits(request)
-    store = Store()
+    store = StepCache()
     store.sweep()
     entries = store.entries()
     action = request.value("do")
@@ -90,7 +90,7 @@ def line(entry: Entry) -> str:
     return f"  {entry.step:<9} {entry.key}  {size:>9.1f} MB  unused for {days:.1f} days"
 
 
-def sizes(store: Store, entries: Iterable[Entry]) -> list[str]:
+def sizes(store: StepCache, entries: Iterable[Entry]) -> list[str]:
     """What each step's outputs take, the largest first, and what was downloaded so far."""
     by_step: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -104,7 +104,7 @@ def sizes(store: Store, entries: Iterable[Entry]) -> list[str]:
     return lines
 
 
-def verify(store: Store, entries: Iterable[Entry]) -> list[Entry]:
+def verify(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
     """The outputs that are damaged; says what is wrong with each."""
     damaged = []
     for entry in entries:
@@ -117,7 +117,9 @@ def verify(store: Store, entries: Iterable[Entry]) -> list[Entry]:
     return damaged
 
 
-def prune(store: Store, entries: list[Entry], age: float | None, size: int | None) -> list[Entry]:
+def prune(
+    store: StepCache, entries: list[Entry], age: float | None, size: int | None
+) -> list[Entry]:
     """Remove by age, then by size, the longest unused first; without limits, what is not latest."""
     if (age is not None or size is None) and (freed := store.drop_downloads(age or 0)):
         console.say(f"  unfinished downloads, {freed / 1e6:.1f} MB  removed")
@@ -139,7 +141,7 @@ def prune(store: Store, entries: list[Entry], age: float | None, size: int | Non
     return removed
 
 
-def remove(store: Store, entries: Iterable[Entry]) -> list[Entry]:
+def remove(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
     removed = []
     for entry in entries:
         if store.remove(entry):

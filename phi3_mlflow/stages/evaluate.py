@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation import datasets
@@ -38,7 +38,7 @@ from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.runs import tracking_identity
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     reference = folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)
     versions = _versions(request, store)
     champions = [registry.champion_to_beat(version) for version in versions]
@@ -54,7 +54,7 @@ def _input(versions: Sequence[registry.VersionName]) -> Input:
     return Input(" ".join(version.uri for version in versions), digest)
 
 
-def _versions(request: Request, store: Store) -> list[registry.VersionName]:
+def _versions(request: Request, store: StepCache) -> list[registry.VersionName]:
     """The named versions; `auto` is the challenger, or all of `register`'s for flavor both."""
     name = request.profile.registered_model
     if not request.is_auto("version"):

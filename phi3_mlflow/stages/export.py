@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.step import (
     CHECKPOINT,
     Input,
@@ -27,7 +27,7 @@ from phi3_mlflow.pipeline.step import (
 )
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     if not request.profile.makes_onnx:
         raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
     before = "quantize" if request.profile.quantizes else "fetch"
@@ -55,7 +55,7 @@ def work(work: Work) -> None:
         precision=profile.precision,
         accuracy_level=profile.quantization.accuracy_level,
         provider=profile.runtime.provider,
-        progress=console.progress,
+        progress=show_progress,
     )
     checked = check_export(work.out, profile.quantization if profile.quantizes else None)
     work.metrics.update(figures(report) | figures(checked))

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import find_profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.step import Input, Step, Work
 from phi3_mlflow.sources.spec import HubSource, SourceSpec, parse_source
 
@@ -59,7 +60,7 @@ def where(request: Request, followed: Mapping[str, str]) -> str | None:
     """A sentence on the branch: where it is, and where it was when it was fetched last."""
     if not (now := followed.get(REVISION)):
         return None
-    last = Store().latest(request.profile.name, STEP.name)
+    last = StepCache().latest(request.profile.name, STEP.name)
     before = last and last.origin.get("parts", {}).get("settings", {}).get("source_revision")
     moved = ", as when it was fetched last" if before == now else f"; fetched last: {before}"
     return f"{request.profile.origin} is at {now} now{moved if before else ''}."
@@ -100,7 +101,7 @@ def work(work: Work) -> None:
         sha256=profile.sha256,
         base_dir=base_directory(work.request),
         downloads=work.store.downloads,
-        progress=console.progress,
+        progress=show_progress,
         time_limit_s=profile.time_limit_s,
         remote_code=profile.remote_code,
     )

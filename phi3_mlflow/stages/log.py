@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.config.parameters import Request
@@ -38,7 +38,7 @@ def flavors(request: Request) -> list[str]:
     return ["onnx", "transformers"] if flavor == "both" else [flavor]
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     found = {}
     for flavor in flavors(request):
         onnx = flavor == "onnx"
@@ -106,7 +106,7 @@ def find_logged(work: Work, flavor: str) -> str | None:
 
 def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
     from phi3_mlflow.flavors.onnx import log_onnx
-    from phi3_mlflow.flavors.packing import requirements
+    from phi3_mlflow.flavors.bundle import requirements
 
     profile = work.request.profile
     return log_onnx(
@@ -123,7 +123,7 @@ def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
 
 
 def log_transformers_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
-    from phi3_mlflow.flavors.packing import requirements
+    from phi3_mlflow.flavors.bundle import requirements
     from phi3_mlflow.flavors.transformers import log_transformers
 
     profile = work.request.profile
@@ -205,7 +205,7 @@ STEP = Step(
     copies=(
         "phi3_mlflow.flavors.chat_model",
         "phi3_mlflow.flavors.prompt_model",
-        "phi3_mlflow.runtime.front",
+        "phi3_mlflow.runtime.python_model",
     ),
     still_there=still_there,
 )

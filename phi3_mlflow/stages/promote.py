@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.pipeline.step import Input, Step, Work
@@ -20,7 +20,7 @@ from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.runs import tracking_identity
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     if request.value("action") == "rollback":
         return {}
     version = registry.find_version(request.value("version"), request.profile.registered_model)

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.step import (
     CHECKPOINT,
     Input,
@@ -28,7 +29,7 @@ from phi3_mlflow.pipeline.step import (
 )
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     if not request.profile.quantizes:
         raise UserError(
             f"quantize has nothing to do for flavor {request.profile.flavor} with precision "
@@ -72,7 +73,7 @@ def work(work: Work) -> None:
         f"{needed.disk / 1e9:.1f} GB of disk; there is enough"
     )
     report = quantize_checkpoint(
-        checkpoint, work.out, work.request.profile.quantization, console.progress
+        checkpoint, work.out, work.request.profile.quantization, show_progress
     )
     work.metrics.update(figures(report))
     write_provenance(

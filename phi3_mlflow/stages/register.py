@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
@@ -21,7 +21,7 @@ from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.runs import tracking_identity
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     if request.is_auto("model_uri"):
         entry = preceding_output(request, store, "model_uri", "log")
         uris = [model["model_uri"] for model in read_record(entry)["models"]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.manifests import Manifest
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
@@ -34,7 +34,7 @@ from phi3_mlflow.tracking.runs import close_child, git_commit, open_child, track
 _SHOWN = 5  # differing files
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     version = registry.find_version(request.value("version"), request.profile.registered_model)
     return {"version": Input(version.uri, f"{version.uri}#{registry.content(version)}")}
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
@@ -30,14 +30,14 @@ from phi3_mlflow.pipeline.step import (
     Work,
     folder_input,
 )
-from phi3_mlflow.quantization.search import Measurement, Ranked, search
+from phi3_mlflow.quantization.search import CandidateMetrics, Ranked, search
 from phi3_mlflow.quantization.settings import QuantizationSettings
 from phi3_mlflow.stages import export, quantize
 
 LIBRARIES = export.STEP.libraries
 
 
-def inputs(request: Request, store: Store) -> dict[str, Input]:
+def inputs(request: Request, store: StepCache) -> dict[str, Input]:
     if not request.profile.quantizes:
         raise UserError(
             f"search has nothing to do for flavor {request.profile.flavor} with precision "
@@ -95,11 +95,11 @@ def work(work: Work) -> None:
     request = work.request
     checkpoint = str(work.inputs["checkpoint"].path)
 
-    def measure(name: str, _: QuantizationSettings) -> Measurement:
+    def measure(name: str, _: QuantizationSettings) -> CandidateMetrics:
         console.say(f"search: candidate {name}")
         with Pipeline(tried(request, name), work.run.run_id) as pipeline:
             done = pipeline.run(candidate(name), checkpoint=checkpoint)
-        return Measurement(**done.record)
+        return CandidateMetrics(**done.record)
 
     ranking = search(request.profile.search.candidates, measure, request.profile.search.budget)
     rows = [_row(one) for one in ranking.candidates]
@@ -121,7 +121,7 @@ def chosen(request: Request, record: Mapping[str, Any]) -> Profile:
     return as_profile(request.profile, record["best"])
 
 
-def _figures(found: Measurement | None) -> dict[str, float]:
+def _figures(found: CandidateMetrics | None) -> dict[str, float]:
     return {} if found is None else {name: float(v) for name, v in asdict(found).items()}
 
 
@@ -132,7 +132,7 @@ def _row(one: Ranked) -> dict[str, Any]:
         "within_budget": not one.reasons,
         "on_front": one.on_front,
         "reasons": "; ".join(one.reasons),
-        **dict.fromkeys(Measurement.__dataclass_fields__),
+        **dict.fromkeys(CandidateMetrics.__dataclass_fields__),
         **_figures(one.measurement),
     }
 
@@ -193,7 +193,7 @@ def candidate(name: str) -> Step:
     )
 
 
-def build_and_measure(work: Work) -> Measurement:
+def build_and_measure(work: Work) -> CandidateMetrics:
     """Quantize and export by the profile's settings, and compare with full precision."""
     from phi3_mlflow.evaluation.measure import diverge
     from phi3_mlflow.evaluation.speed import decode_speed
@@ -206,7 +206,7 @@ def build_and_measure(work: Work) -> Measurement:
         int4 = pipeline.run(quantize.STEP, checkpoint=str(checkpoint))
         onnx = pipeline.run(export.STEP, checkpoint=str(int4.entry.path)).entry.path
     found = diverge(checkpoint, onnx, texts(profile), profile.evaluation.window).metrics()
-    return Measurement(
+    return CandidateMetrics(
         kl_mean=found["kl_mean"],
         top1_agreement=found["top1_agreement"],
         perplexity=found["perplexity"],

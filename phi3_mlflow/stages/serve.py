@@ -17,7 +17,7 @@ import os
 
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
-from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.settings import ServerSettings
 from phi3_mlflow.tracking.runs import summary_line
 
 PARAMETERS = (
@@ -28,7 +28,7 @@ PARAMETERS = (
 
 def main(request: Request) -> None:
     console.set_quiet(request.flag("quiet"))
-    settings = Settings.read({name: request.value(name) for name in PARAMETERS})
+    settings = ServerSettings.read({name: request.value(name) for name in PARAMETERS})
     uri = model_uri(request)
     serve(uri, settings)
     print(summary_line(step="serve", status="done", model=uri), flush=True)
@@ -41,7 +41,7 @@ def model_uri(request: Request) -> str:
     return f"models:/{request.profile.registered_model}@champion"
 
 
-def serve(uri: str, settings: Settings) -> None:
+def serve(uri: str, settings: ServerSettings) -> None:
     """Load the model, then listen."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from phi3_mlflow.server.app import create_app

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from phi3_mlflow.artifacts.cache import Entry, Store, key_of
+from phi3_mlflow.artifacts.cache import Entry, StepCache, key_of
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
 from phi3_mlflow.core.meter import ResourceMeter
@@ -318,7 +318,7 @@ def connect() -> str:
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
             # MLflow lets two processes make the tables of one new database at the same time, and
             # one of them fails.
-            with Store().locked("tracking", key_of({"tracking": tracking_identity()})):
+            with StepCache().locked("tracking", key_of({"tracking": tracking_identity()})):
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
     except MlflowException as error:
         raise EnvironmentProblem(

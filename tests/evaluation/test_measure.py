@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.code_keys import closure
 from phi3_mlflow.evaluation import measure
 from phi3_mlflow.evaluation.measure import Sets, measured
@@ -40,7 +40,7 @@ def again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return FOUND
 
     monkeypatch.setattr(measure, "measure", fake)
-    store = Store(tmp_path)
+    store = StepCache(tmp_path)
 
     def one_more(model_uri: str = "models:/m/1", **changes: Any) -> bool:
         given = {**SAME, **changes}

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.profile import load_profile
 from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
 from phi3_mlflow.evaluation.gate import Verdict, against_champion, judge
@@ -67,7 +67,7 @@ def an_evaluator(workspace: Workspace) -> Evaluator:
         texts=[HeldoutText(id=f"t{i}", text="text") for i in range(9)],
         needles=(),
         context=512,
-        store=Store(workspace.cache),
+        store=StepCache(workspace.cache),
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from phi3_mlflow.runtime.answerer import Answerer, Config
-from phi3_mlflow.runtime.front import ChatFront
+from phi3_mlflow.runtime.answerer import Answerer, ModelConfig
+from phi3_mlflow.runtime.python_model import ChatPythonModel
 from phi3_mlflow.runtime.request import RequestError
-from phi3_mlflow.runtime.turns import Turns
+from phi3_mlflow.runtime.fair_lock import FairLock
 
 END = 1
 
@@ -35,7 +35,7 @@ class ScriptedEngine:
         self.script = script
         self.on_extend = on_extend or (lambda tokens: None)
         self.opened = 0
-        self.turns = Turns()
+        self.lock = FairLock()
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         return [
@@ -101,8 +101,8 @@ class ScriptedSession:
         pass
 
 
-def front(engine: Any, contract: str = "chat", **config: Any) -> ChatFront:
+def front(engine: Any, contract: str = "chat", **config: Any) -> ChatPythonModel:
     """A chat front on an engine, as if it had been loaded."""
-    made = ChatFront(contract)
-    made.answerer = Answerer(engine, Config.read(config))
+    made = ChatPythonModel(contract)
+    made.answerer = Answerer(engine, ModelConfig.read(config))
     return made

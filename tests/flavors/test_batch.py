@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi3_mlflow.flavors.onnx import log_onnx, rope_switch
-from phi3_mlflow.runtime.answerer import Answerer, Config, onnx_engine
-from phi3_mlflow.runtime.engine import Session, Settings, cuts
+from phi3_mlflow.runtime.answerer import Answerer, ModelConfig, onnx_engine
+from phi3_mlflow.runtime.engine import Session, EngineSettings, cuts
 from phi3_mlflow.runtime.engine_batch import BatchEngine, BatchSession
 from phi3_mlflow.runtime.engine_genai import GenaiEngine, GenaiSession
-from phi3_mlflow.runtime.front import ChatFront
+from phi3_mlflow.runtime.python_model import ChatPythonModel
 from phi3_mlflow.runtime.live import Abandoned, abandoned_by
-from phi3_mlflow.runtime.rows import Graph
+from phi3_mlflow.runtime.batch_graph import BatchGraph
 from tests.flavors.conftest import CONTEXT, exported
 from tests.flavors.test_engines import CLOSE, _reference, _tokens
 
@@ -32,13 +32,13 @@ ROWS = 4
 
 def _engine(checkpoint: Path, **more: Any) -> BatchEngine:
     onnx_dir = exported(checkpoint)
-    settings = Settings(threads=1, batch=ROWS, rope_switch=rope_switch(onnx_dir), **more)
+    settings = EngineSettings(threads=1, batch=ROWS, rope_switch=rope_switch(onnx_dir), **more)
     return BatchEngine(onnx_dir, settings)
 
 
-def _front(engine: BatchEngine, **config: Any) -> ChatFront:
-    front = ChatFront()
-    front.answerer = Answerer(engine, Config(batch=ROWS, **config))
+def _front(engine: BatchEngine, **config: Any) -> ChatPythonModel:
+    front = ChatPythonModel()
+    front.answerer = Answerer(engine, ModelConfig(batch=ROWS, **config))
     return front
 
 
@@ -48,9 +48,9 @@ def engine(checkpoint: Path) -> BatchEngine:
 
 
 @pytest.fixture
-def front(engine: BatchEngine) -> Iterator[ChatFront]:
+def front(engine: BatchEngine) -> Iterator[ChatPythonModel]:
     yield _front(engine)
-    assert not any(engine._together._rows), "a row was not given back"
+    assert not any(engine._scheduler._rows), "a row was not given back"
 
 
 def _ask(text: str, tokens: int = 12, **more: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ REQUESTS = st.lists(
 )
 @given(REQUESTS)
 def test_an_answer_does_not_depend_on_what_is_computed_beside_it(
-    front: ChatFront, wanted: list[dict[str, Any]]
+    front: ChatPythonModel, wanted: list[dict[str, Any]]
 ) -> None:
     asked = [
         _ask(one["text"], one["tokens"], temperature=one["temperature"], seed=index)
@@ -140,17 +140,17 @@ def test_tokens_that_wait_at_the_same_time_are_computed_in_one_call(
     for index, session in enumerate(sessions):
         session.extend(_tokens(10, seed=index))
     shapes = _shapes(monkeypatch)
-    first_is_computed, others_wait = Graph.run, threading.Event()
+    first_is_computed, others_wait = BatchGraph.run, threading.Event()
 
-    def run(self: Graph, *what: Any) -> np.ndarray:
+    def run(self: BatchGraph, *what: Any) -> np.ndarray:
         others_wait.wait(10)
         return first_is_computed(self, *what)
 
-    monkeypatch.setattr(Graph, "run", run)
+    monkeypatch.setattr(BatchGraph, "run", run)
     with ThreadPoolExecutor(ROWS) as threads:
         jobs = [threads.submit(session.extend, [9]) for session in sessions]
         for _ in range(1000):
-            if len(engine._together._jobs) == ROWS - 1:  # one thread computes already
+            if len(engine._scheduler._jobs) == ROWS - 1:  # one thread computes already
                 break
             time.sleep(0.01)
         others_wait.set()
@@ -164,17 +164,17 @@ def test_tokens_that_wait_at_the_same_time_are_computed_in_one_call(
 def _shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what the graph is given from now on: rows, tokens."""
     shapes: list[tuple[int, ...]] = []
-    before = Graph.run
+    before = BatchGraph.run
 
-    def run(self: Graph, first: int, tokens: np.ndarray, lengths: list[int]) -> np.ndarray:
+    def run(self: BatchGraph, first: int, tokens: np.ndarray, lengths: list[int]) -> np.ndarray:
         shapes.append(tokens.shape)
         return before(self, first, tokens, lengths)
 
-    monkeypatch.setattr(Graph, "run", run)
+    monkeypatch.setattr(BatchGraph, "run", run)
     return shapes
 
 
-def test_more_requests_than_rows_are_all_answered(front: ChatFront) -> None:
+def test_more_requests_than_rows_are_all_answered(front: ChatPythonModel) -> None:
     asked = [_ask(f"question {number}", number + 1) for number in range(3 * ROWS)]
     with ThreadPoolExecutor(len(asked)) as threads:
         answers = list(threads.map(lambda one: front.predict(None, one), asked))
@@ -228,10 +228,10 @@ def test_the_context_can_be_filled_to_the_last_token(checkpoint: Path, more: int
     asked = _ask("x" * (40 + more), 96 - used, temperature=1.0)
     for answer in front.predict(None, [{**asked, "seed": seed} for seed in range(ROWS)]):
         assert answer["usage"]["total_tokens"] <= 96
-    assert not any(engine._together._rows)
+    assert not any(engine._scheduler._rows)
 
 
-def test_a_client_that_leaves_gives_its_row_back(engine: BatchEngine, front: ChatFront) -> None:
+def test_a_client_that_leaves_gives_its_row_back(engine: BatchEngine, front: ChatPythonModel) -> None:
     left = threading.Event()
     with abandoned_by(left):
         parts = front.live().begin(front.live().parse(_ask("hello", 500))).parts()
@@ -239,50 +239,50 @@ def test_a_client_that_leaves_gives_its_row_back(engine: BatchEngine, front: Cha
         left.set()
         with pytest.raises(Abandoned):
             list(parts)
-    assert not any(engine._together._rows)
+    assert not any(engine._scheduler._rows)
     assert front.live().kept_bytes() > 0, "what was computed stays good"
 
 
 def test_a_failure_reaches_those_it_concerns_and_the_engine_goes_on(
-    engine: BatchEngine, front: ChatFront, monkeypatch: pytest.MonkeyPatch
+    engine: BatchEngine, front: ChatPythonModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = _text(front.predict(None, _ask("hello")))
 
-    def run(self: Graph, *_: Any) -> np.ndarray:
+    def run(self: BatchGraph, *_: Any) -> np.ndarray:
         raise MemoryError("no room")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Graph, "run", run)
+        broken.setattr(BatchGraph, "run", run)
         with ThreadPoolExecutor(ROWS) as threads:
             failed = [
                 threads.submit(front.predict, None, _ask(f"{number} hello"))
                 for number in range(ROWS)
             ]
         assert all(isinstance(one.exception(), MemoryError) for one in failed)
-    assert not engine._together._jobs
+    assert not engine._scheduler._jobs
     assert _text(front.predict(None, _ask("hello"))) == expected
 
 
 @pytest.mark.parametrize("leaving", ["load", "reserve"])
 def test_a_failure_to_make_room_is_an_error_of_the_request(
-    engine: BatchEngine, front: ChatFront, monkeypatch: pytest.MonkeyPatch, leaving: str
+    engine: BatchEngine, front: ChatPythonModel, monkeypatch: pytest.MonkeyPatch, leaving: str
 ) -> None:
     ask = _ask("b" * 200)
     expected = _text(front.predict(None, ask))  # so that there is something to load
 
-    def fail(self: Graph, *_: Any) -> None:
+    def fail(self: BatchGraph, *_: Any) -> None:
         raise MemoryError("no room")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Graph, leaving, fail)
+        broken.setattr(BatchGraph, leaving, fail)
         with pytest.raises(MemoryError):
             front.predict(None, ask)
-    assert not engine._together._jobs
+    assert not engine._scheduler._jobs
     assert _text(front.predict(None, ask)) == expected
 
 
 def test_the_memory_of_a_row_is_given_back(engine: BatchEngine) -> None:
-    graph = engine._together._graph
+    graph = engine._scheduler._graph
     session = engine.open(CONTEXT)
     session.extend(_tokens(3000))
     assert isinstance(session, BatchSession)
@@ -301,7 +301,7 @@ def test_longrope_beyond_its_switch_is_left_to_onnxruntime_genai(longrope: Path)
     assert isinstance(engine.open(switch), BatchSession)
     assert isinstance(engine.open(switch + 1), GenaiSession)
     onnx_dir = exported(longrope)
-    turns = GenaiEngine(onnx_dir, Settings(threads=1, rope_switch=switch))
+    turns = GenaiEngine(onnx_dir, EngineSettings(threads=1, rope_switch=switch))
     for tokens in (_tokens(20), _tokens(60)):
         texts = [_greedy(e.open(len(tokens) + 8), tokens, switch) for e in (engine, turns)]
         assert texts[0] == texts[1]
@@ -318,7 +318,7 @@ def _greedy(session: Session, tokens: list[int], switch: int) -> list[int]:
     return found
 
 
-def test_an_answer_by_a_schema_stands_beside_the_others(front: ChatFront) -> None:
+def test_an_answer_by_a_schema_stands_beside_the_others(front: ChatPythonModel) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {
         **_ask("x", 40),
@@ -338,17 +338,17 @@ def test_an_answer_by_a_schema_stands_beside_the_others(front: ChatFront) -> Non
 def test_a_model_that_cannot_be_batched_answers_in_turns(
     onnx_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Graph, "_check", _refuse)
+    monkeypatch.setattr(BatchGraph, "_check", _refuse)
     with caplog.at_level(logging.WARNING):
-        engine = onnx_engine(onnx_dir, Settings(threads=1, batch=4))
+        engine = onnx_engine(onnx_dir, EngineSettings(threads=1, batch=4))
     assert type(engine) is GenaiEngine
     assert "requests take turns, because the model has three heads" in caplog.text
 
 
-def _refuse(self: Graph) -> None:
-    from phi3_mlflow.runtime.rows import NotForBatches
+def _refuse(self: BatchGraph) -> None:
+    from phi3_mlflow.runtime.batch_graph import NotBatchable
 
-    raise NotForBatches("has three heads")
+    raise NotBatchable("has three heads")
 
 
 def test_batch_is_a_value_of_model_config(onnx_dir: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from phi3_mlflow.flavors.packing import requirements
+from phi3_mlflow.flavors.bundle import requirements
 
 ROOT = Path(__file__).parents[2]
 

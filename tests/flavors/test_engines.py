@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from phi3_mlflow.flavors.onnx import rope_switch
-from phi3_mlflow.runtime.engine import Engine, Settings, cuts
+from phi3_mlflow.runtime.engine import Engine, EngineSettings, cuts
 from phi3_mlflow.runtime.engine_genai import GenaiEngine
 from phi3_mlflow.runtime.engine_torch import TorchEngine
 from tests.flavors.conftest import CONTEXT, exported
@@ -21,7 +21,7 @@ CLOSE = 2e-3  # float32 sums in another order, over thousands of positions
 
 def _engines(checkpoint: Path) -> tuple[GenaiEngine, TorchEngine]:
     onnx_dir = exported(checkpoint)
-    settings = Settings(threads=1, rope_switch=rope_switch(onnx_dir))
+    settings = EngineSettings(threads=1, rope_switch=rope_switch(onnx_dir))
     return GenaiEngine(onnx_dir, settings), TorchEngine(checkpoint, checkpoint, settings)
 
 
@@ -144,7 +144,7 @@ def test_a_window_that_is_missing_from_the_graph_bounds_the_context(windowed: Pa
         "cache_slack": 0,
     }
     file.write_text(json.dumps(config))
-    assert GenaiEngine(folder, Settings(threads=1)).context == 2047
+    assert GenaiEngine(folder, EngineSettings(threads=1)).context == 2047
 
 
 def test_a_session_is_kept_beyond_the_window_only_where_its_cache_holds_everything(
@@ -221,12 +221,12 @@ def test_characters_of_several_tokens_come_out_whole(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (Settings(provider="tpu"), "provider"),
-        (Settings(max_context=CONTEXT + 1), "max_context"),
+        (EngineSettings(provider="tpu"), "provider"),
+        (EngineSettings(max_context=CONTEXT + 1), "max_context"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(
-    checkpoint: Path, settings: Settings, says: str
+    checkpoint: Path, settings: EngineSettings, says: str
 ) -> None:
     makers: list[Any] = [
         lambda: GenaiEngine(exported(checkpoint), settings),
@@ -243,4 +243,4 @@ def test_cuda_is_refused_where_it_is_not_installed(checkpoint: Path) -> None:
     if og.is_cuda_available():
         pytest.skip("this onnxruntime-genai has CUDA")
     with pytest.raises(ValueError, match="onnxruntime-genai-cuda"):
-        GenaiEngine(exported(checkpoint), Settings(provider="cuda"))
+        GenaiEngine(exported(checkpoint), EngineSettings(provider="cuda"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_mlflow.runtime.request import (
-    Defaults,
+    SamplingDefaults,
     RequestError,
     parse_chat,
     parse_prompt,
@@ -22,7 +22,7 @@ USER = [{"role": "user", "content": "Hello"}]
 
 def _problems(**fields: Any) -> list[str]:
     with pytest.raises(RequestError) as caught:
-        parse_chat({"messages": USER, **fields}, Defaults(), CONTEXT)
+        parse_chat({"messages": USER, **fields}, SamplingDefaults(), CONTEXT)
     return caught.value.problems
 
 
@@ -89,23 +89,23 @@ def test_everything_that_is_wrong_is_named_at_once() -> None:
 
 
 def test_unknown_fields_are_ignored() -> None:
-    request = parse_chat({"messages": USER, "logit_bias": {"5": 3}}, Defaults(), CONTEXT)
+    request = parse_chat({"messages": USER, "logit_bias": {"5": 3}}, SamplingDefaults(), CONTEXT)
     assert request.messages == USER
 
 
 def test_what_a_request_leaves_out_has_defaults() -> None:
-    request = parse_chat({"messages": USER}, Defaults(temperature=0.3, top_p=0.8), CONTEXT)
+    request = parse_chat({"messages": USER}, SamplingDefaults(temperature=0.3, top_p=0.8), CONTEXT)
     assert (request.sampling.temperature, request.sampling.top_p) == (0.3, 0.8)
     assert (request.max_tokens, request.n, request.stop) == (None, 1, ())
 
 
 def test_seeds_come_from_the_field_before_custom_inputs() -> None:
     both = {"messages": USER, "seed": 1, "custom_inputs": {"seed": 2}}
-    assert parse_chat(both, Defaults(), CONTEXT).sampling.seed == 1
+    assert parse_chat(both, SamplingDefaults(), CONTEXT).sampling.seed == 1
     del both["seed"]
-    assert parse_chat(both, Defaults(), CONTEXT).sampling.seed == 2
+    assert parse_chat(both, SamplingDefaults(), CONTEXT).sampling.seed == 2
     del both["custom_inputs"]
-    seeds = {parse_chat(both, Defaults(), CONTEXT).sampling.seed for _ in range(5)}
+    seeds = {parse_chat(both, SamplingDefaults(), CONTEXT).sampling.seed for _ in range(5)}
     assert len(seeds) == 5
 
 
@@ -135,7 +135,7 @@ def test_input_that_is_no_request_is_refused(wrong: Any) -> None:
 )
 def test_a_bad_prompt_is_refused(prompt: Any, start: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_prompt({"prompt": prompt}, Defaults(), CONTEXT)
+        parse_prompt({"prompt": prompt}, SamplingDefaults(), CONTEXT)
     assert caught.value.problems[0].startswith(start)
 
 
@@ -156,7 +156,7 @@ def test_whatever_is_asked_is_answered_or_refused_by_name(row: dict[str, Any]) -
         for clean in rows([row]):
             problems: list[str] = []
             try:
-                request = parse(clean, Defaults(), CONTEXT)
+                request = parse(clean, SamplingDefaults(), CONTEXT)
             except RequestError as error:
                 problems = error.problems
             if problems:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.provenance import content_manifest
 from tests.fixtures.postgres import free_port, missing_postgres, running_postgres
 from tests.fixtures.tiny_line import write_profile
@@ -259,7 +259,7 @@ def test_main_on_a_server_with_postgresql_and_artifacts_elsewhere(served, second
 def test_two_clean_clones_with_two_caches_make_the_same_bytes_and_figures(first, second):
     made = {}
     for step in ("fetch", "quantize", "export"):
-        outputs = [Store(caller.cache).latest("tiny", step) for caller in (first, second)]
+        outputs = [StepCache(caller.cache).latest("tiny", step) for caller in (first, second)]
         assert outputs[0].path != outputs[1].path
         assert outputs[0].manifest.changes(outputs[1].manifest) == [], step
         made[step] = content_manifest(outputs[0].path)

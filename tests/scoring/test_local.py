@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem
-from phi3_mlflow.flavors.packing import signature
+from phi3_mlflow.flavors.bundle import signature
 from phi3_mlflow.scoring.local import LocalEngine
 from phi3_mlflow.scoring.score import Order, inspect, score
 from phi3_mlflow.scoring.worker import Ask, row_seed

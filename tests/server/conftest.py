@@ -14,11 +14,11 @@ import openai
 import pytest
 import uvicorn
 
-from phi3_mlflow.runtime.front import ChatFront
+from phi3_mlflow.runtime.python_model import ChatPythonModel
 from phi3_mlflow.server.app import create_app
-from phi3_mlflow.server.context import Context
+from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.holder import Holder, Loaded, Target
-from phi3_mlflow.server.settings import Settings
+from phi3_mlflow.server.settings import ServerSettings
 from tests.flavors.scripted import ScriptedEngine, front
 
 PATIENCE = 20.0
@@ -29,7 +29,7 @@ class Running:
     """A server that answers: its address, and its inside for tests that look there."""
 
     url: str
-    context: Context
+    context: ServerContext
     server: uvicorn.Server
     thread: threading.Thread
     key: str = ""
@@ -61,7 +61,7 @@ class Running:
 @contextmanager
 def running(holder: Holder, uri: str = "models:/m@champion", **settings: Any) -> Iterator[Running]:
     """Serve what a holder holds until the block ends."""
-    made = Settings(**{"port": 0, **settings})
+    made = ServerSettings(**{"port": 0, **settings})
     app = create_app(made, holder, uri)
     config = uvicorn.Config(
         app, port=0, log_config=None, log_level="critical", timeout_graceful_shutdown=30
@@ -78,17 +78,17 @@ def running(holder: Holder, uri: str = "models:/m@champion", **settings: Any) ->
     finally:
         for client in found.clients:
             client.close()
-        app.state.context.desk.abandon_all()
+        app.state.context.queue.abandon_all()
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive(), "the server did not end"
 
 
-def loaded(made: ChatFront, version: str = "1", model: Any = None) -> Loaded:
+def loaded(made: ChatPythonModel, version: str = "1", model: Any = None) -> Loaded:
     return Loaded(Target("m", version, f"models:/m/{version}"), model, made.live(), time.time())
 
 
-def fixed(made: ChatFront, model: Any = None) -> Holder:
+def fixed(made: ChatPythonModel, model: Any = None) -> Holder:
     """A holder of one model that stays."""
     one = loaded(made, model=model)
     return Holder(lambda: one.target, lambda target: one, follow_s=3600)

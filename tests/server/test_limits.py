@@ -40,16 +40,16 @@ def test_the_generation_stops_when_the_client_goes_away(gate: Gate, streamed: bo
         gate.let(10)
         wait_for(lambda: gate.work == 10)
         client.close()
-        wait_for(lambda: not up.context.desk.open or _left(up))
+        wait_for(lambda: not up.context.queue.open or _left(up))
         gate.open()  # from here on nothing holds the engine up but that nobody wants the answer
-        wait_for(lambda: up.context.desk.admission.running == 0)
+        wait_for(lambda: up.context.queue.admission.running == 0)
         assert gate.work <= 12, "of 150 pieces of work"
         assert up.metric("phi3_cancelled_total") == 1
         assert up.openai().chat.completions.create(model="m", messages=HELLO, max_tokens=3)
 
 
 def _left(server: Running) -> bool:
-    return all(exchange._left.is_set() for exchange in server.context.desk.open)
+    return all(exchange._left.is_set() for exchange in server.context.queue.open)
 
 
 def test_a_long_prompt_is_given_up_between_two_pieces(gate: Gate) -> None:
@@ -61,30 +61,30 @@ def test_a_long_prompt_is_given_up_between_two_pieces(gate: Gate) -> None:
         client.close()
         wait_for(lambda: _left(up))
         gate.open()
-        wait_for(lambda: up.context.desk.admission.running == 0)
+        wait_for(lambda: up.context.queue.admission.running == 0)
         assert gate.work == 2, "the piece that was being computed, and none after it"
 
 
 def test_who_waits_and_leaves_is_never_begun(gate: Gate) -> None:
     with scripted("abc", gate, running=1) as up:
         first = _send_raw(up, {"messages": HELLO})
-        wait_for(lambda: up.context.desk.admission.running == 1)
+        wait_for(lambda: up.context.queue.admission.running == 1)
         second = _send_raw(up, {"messages": [{"role": "user", "content": "second"}]})
-        wait_for(lambda: up.context.desk.admission.waiting == 1)
+        wait_for(lambda: up.context.queue.admission.waiting == 1)
         second.close()
-        wait_for(lambda: up.context.desk.admission.waiting == 0)
+        wait_for(lambda: up.context.queue.admission.waiting == 0)
         gate.open()
         assert b"200 OK" in first.recv(1000)
-        wait_for(lambda: up.context.desk.admission.running == 0)
+        wait_for(lambda: up.context.queue.admission.running == 0)
         assert gate.work == 4, "the prompt and its three letters, once"
 
 
 def test_beyond_the_queue_429_says_when_to_come_again(gate: Gate) -> None:
     with scripted("abc", gate, running=1, waiting=2) as up, ThreadPoolExecutor(3) as pool:
-        desk, http = up.context.desk, up.http()
+        queue, http = up.context.queue, up.http()
         asked = {"messages": HELLO}
         answers = [pool.submit(http.post, CHAT, json=asked) for _ in range(3)]
-        wait_for(lambda: (desk.admission.running, desk.admission.waiting) == (1, 2))
+        wait_for(lambda: (queue.admission.running, queue.admission.waiting) == (1, 2))
         refused = http.post(CHAT, json=asked)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -107,7 +107,7 @@ def test_requests_take_turns(gate: Gate) -> None:
         gate.let(5)
         wait_for(lambda: gate.work == 5)
         short = pool.submit(http.post, CHAT, json={"messages": HELLO, "max_tokens": 5})
-        wait_for(lambda: up.context.desk.admission.running == 2)
+        wait_for(lambda: up.context.queue.admission.running == 2)
         for _ in range(40):
             gate.let(1)
             if short.done():
@@ -129,7 +129,7 @@ def test_time_is_limited(gate: Gate, streamed: bool) -> None:
         assert answer.status_code == (200 if streamed else 504)
         assert "[DONE]" not in answer.text
         gate.open()
-        wait_for(lambda: up.context.desk.admission.running == 0)
+        wait_for(lambda: up.context.queue.admission.running == 0)
         assert up.metric("phi3_timed_out_total") == 1
 
 
@@ -137,7 +137,7 @@ def test_time_in_the_queue_counts(gate: Gate) -> None:
     with scripted("", gate, limit_s=0.5, running=1) as up, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(up.http().post, CHAT, json={"messages": HELLO}) for _ in range(2)]
         assert [answer.result().status_code for answer in answers] == [504, 504]
-        assert up.context.desk.admission.waiting == 0
+        assert up.context.queue.admission.waiting == 0
         gate.open()
 
 
@@ -189,9 +189,9 @@ def test_running_answers_are_finished_when_the_server_ends(gate: Gate) -> None:
     with scripted("All of it.", gate, running=1) as up, ThreadPoolExecutor(3) as pool:
         http = up.http()
         running = pool.submit(http.post, CHAT, json={"messages": HELLO, "stream": True})
-        wait_for(lambda: up.context.desk.admission.running == 1)
+        wait_for(lambda: up.context.queue.admission.running == 1)
         waiting = pool.submit(http.post, CHAT, json={"messages": HELLO})
-        wait_for(lambda: up.context.desk.admission.waiting == 1)
+        wait_for(lambda: up.context.queue.admission.waiting == 1)
         up.server.should_exit = True
         wait_for(lambda: not up.server.servers[0].is_serving())
         with pytest.raises(httpx.ConnectError):
@@ -216,5 +216,5 @@ def test_many_clients_at_once_are_all_answered() -> None:
 
         with ThreadPoolExecutor(24) as pool:
             assert list(pool.map(ask, range(24))) == ["Some words for everyone."] * 24
-        wait_for(lambda: up.context.desk.admission.running == 0)
-        assert not up.context.desk.open
+        wait_for(lambda: up.context.queue.admission.running == 0)
+        assert not up.context.queue.open

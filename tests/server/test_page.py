@@ -78,9 +78,9 @@ def test_stop_ends_the_generation(page: Page, gate: Gate) -> None:
         page.wait(SAID)
         page.look("document.getElementById('stop').click()")
         page.wait("document.getElementById('figures').textContent === 'stopped'")
-        wait_for(lambda: all(one._left.is_set() for one in up.context.desk.open))
+        wait_for(lambda: all(one._left.is_set() for one in up.context.queue.open))
         gate.open()
-        wait_for(lambda: up.context.desk.admission.running == 0)
+        wait_for(lambda: up.context.queue.admission.running == 0)
         assert gate.work < 20
 
 

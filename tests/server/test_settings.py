@@ -4,15 +4,15 @@ import pytest
 
 from phi3_mlflow.config.parameters import PARAMETERS
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.server.settings import KEY_VARIABLE, Settings
+from phi3_mlflow.server.settings import KEY_VARIABLE, ServerSettings
 from phi3_mlflow.stages.serve import PARAMETERS as NAMES
 
 KEY = "sixteen-letters-at-least"
 
 
-def _read(environment: dict[str, str] | None = None, **given: str) -> Settings:
+def _read(environment: dict[str, str] | None = None, **given: str) -> ServerSettings:
     values = {name: PARAMETERS[name].default for name in NAMES}
-    return Settings.read(values | given, environment or {})
+    return ServerSettings.read(values | given, environment or {})
 
 
 def test_defaults_listen_on_this_machine_alone() -> None:

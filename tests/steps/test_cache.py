@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from phi3_mlflow.artifacts.cache import Entry, Store
+from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.stages import cache
 from tests.conftest import Workspace
@@ -17,7 +17,7 @@ from tests.conftest import Workspace
 DAY = 86400
 
 
-def put(store: Store, number: int, *, age_days: float = 0, size: int = 1000) -> Entry:
+def put(store: StepCache, number: int, *, age_days: float = 0, size: int = 1000) -> Entry:
     key = f"{number:040x}"
     origin = {"parts": {}, "time": time.time()}
     with store.locked("export", key), store.building("export", key, origin) as out:
@@ -30,19 +30,19 @@ def put(store: Store, number: int, *, age_days: float = 0, size: int = 1000) -> 
 
 
 @pytest.fixture
-def store(workspace: Workspace) -> Store:
-    return Store(workspace.cache)
+def store(workspace: Workspace) -> StepCache:
+    return StepCache(workspace.cache)
 
 
 def run(**values: str) -> None:
     cache.main(read_request(cache.PARAMETERS, values))
 
 
-def keys(store: Store) -> set[int]:
+def keys(store: StepCache) -> set[int]:
     return {int(entry.key, 16) for entry in store.entries()}
 
 
-def test_a_list_changes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_changes_nothing(store: StepCache, capsys: pytest.CaptureFixture[str]) -> None:
     put(store, 1, size=2_000_000)
     run()
     captured = capsys.readouterr()
@@ -52,7 +52,7 @@ def test_a_list_changes_nothing(store: Store, capsys: pytest.CaptureFixture[str]
     assert keys(store) == {1}
 
 
-def test_sizes_are_added_up_by_step(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_are_added_up_by_step(store: StepCache, capsys: pytest.CaptureFixture[str]) -> None:
     put(store, 1, size=2_000_000)
     put(store, 2, size=1_000_000)
     download(store, "hf-acme", 500_000)
@@ -65,7 +65,7 @@ def test_sizes_are_added_up_by_step(store: Store, capsys: pytest.CaptureFixture[
     assert keys(store) == {1, 2}
 
 
-def download(store: Store, name: str, size: int, age_days: float = 0) -> Path:
+def download(store: StepCache, name: str, size: int, age_days: float = 0) -> Path:
     folder = store.downloads / name
     folder.mkdir(parents=True)
     part = folder / "model.safetensors.part"
@@ -76,7 +76,7 @@ def download(store: Store, name: str, size: int, age_days: float = 0) -> Path:
     return folder
 
 
-def test_unfinished_downloads_go_by_age_and_never_from_under_a_fetch(store: Store) -> None:
+def test_unfinished_downloads_go_by_age_and_never_from_under_a_fetch(store: StepCache) -> None:
     old, new = download(store, "old", 10, age_days=40), download(store, "new", 10)
     held = download(store, "held", 10, age_days=40)
     with FileLock(str(held) + ".lock"):
@@ -91,21 +91,21 @@ def test_unfinished_downloads_go_by_age_and_never_from_under_a_fetch(store: Stor
     assert not held.exists()
 
 
-def test_what_was_not_used_for_long_is_pruned(store: Store) -> None:
+def test_what_was_not_used_for_long_is_pruned(store: StepCache) -> None:
     put(store, 1, age_days=40)
     put(store, 2, age_days=20)
     run(do="prune", older_than="30d")
     assert keys(store) == {2}
 
 
-def test_the_longest_unused_go_until_the_rest_fits(store: Store) -> None:
+def test_the_longest_unused_go_until_the_rest_fits(store: StepCache) -> None:
     for number, age in ((1, 1), (2, 3), (3, 2)):
         put(store, number, age_days=age, size=400_000)
     run(do="prune", max_size="0.9MB")
     assert keys(store) == {1, 3}
 
 
-def test_without_limits_what_a_profile_left_last_stays(store: Store) -> None:
+def test_without_limits_what_a_profile_left_last_stays(store: StepCache) -> None:
     put(store, 1)
     kept = put(store, 2)
     store.set_latest("mine", "export", kept.key)
@@ -114,10 +114,10 @@ def test_without_limits_what_a_profile_left_last_stays(store: Store) -> None:
 
 
 def test_what_is_being_read_or_built_stays(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    store: StepCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read, built = put(store, 1, age_days=9), put(store, 2, age_days=9)
-    with Store(store.root).using([read]), Store(store.root).locked("export", built.key):
+    with StepCache(store.root).using([read]), StepCache(store.root).locked("export", built.key):
         run(do="prune", older_than="1d")
     assert keys(store) == {1, 2}
     assert capsys.readouterr().err.count("kept: it is in use") == 2
@@ -126,7 +126,7 @@ def test_what_is_being_read_or_built_stays(
 
 
 def test_verify_finds_what_is_damaged_and_removes_it(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    store: StepCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(store, 1)
     damaged = put(store, 2)
@@ -137,12 +137,12 @@ def test_verify_finds_what_is_damaged_and_removes_it(
 
 
 def test_unfinished_work_of_the_dead_is_swept_away_and_that_of_the_living_is_not(
-    store: Store,
+    store: StepCache,
 ) -> None:
     dead = store.root / "building" / f"export-{'a' * 40}-0123456789ab"
     living = store.root / "building" / f"export-{'b' * 40}-0123456789ab"
     dead.mkdir(parents=True)
-    with Store(store.root).locked("export", "b" * 40):
+    with StepCache(store.root).locked("export", "b" * 40):
         living.mkdir()
         run()
         assert not dead.exists()

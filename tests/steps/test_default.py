@@ -43,10 +43,12 @@ def test_the_champion_answers_in_a_process_that_knows_nothing_of_the_project(
 
 
 def test_what_was_measured_is_what_int4_can_do(default_run: tuple[Workspace, str]) -> None:
-    from phi3_mlflow.artifacts.cache import Store
+    from phi3_mlflow.artifacts.cache import StepCache
 
     place, output = default_run
-    evaluated = next((Store(place.cache).root / "outputs/evaluate").glob("*/output/*/metrics.json"))
+    evaluated = next(
+        (StepCache(place.cache).root / "outputs/evaluate").glob("*/output/*/metrics.json")
+    )
     metrics = json.loads(evaluated.read_text())
     assert 0 < metrics["kl_mean"] < 0.3
     assert metrics["top1_agreement"] > 0.7

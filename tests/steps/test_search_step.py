@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.profile import load_profile
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
 from phi3_mlflow.evaluation.report.candidates import pareto
@@ -25,7 +25,7 @@ CANDIDATES = {
 
 def found_by(place: Workspace) -> dict[str, dict]:
     """The record of the search that was last done."""
-    entry = Store(place.cache).latest("tiny", "search")
+    entry = StepCache(place.cache).latest("tiny", "search")
     assert entry is not None
     record = json.loads((entry.path / "record.json").read_text())
     return {"best": record["best"], **{row["candidate"]: row for row in record["candidates"]}}
@@ -105,7 +105,7 @@ def test_nothing_is_measured_twice(searched) -> None:
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("candidate: nothing to do") == 2
     assert found_by(place)["best"] == "fine"
-    latest = Store(place.cache).latest("tiny", "quantize")
+    latest = StepCache(place.cache).latest("tiny", "quantize")
     assert latest is not None
     assert '"k_quant"' in (latest.path / "provenance.json").read_text()
 
@@ -120,7 +120,7 @@ def test_without_a_candidate_within_the_budget_nothing_is_chosen(tmp_path: Path)
     assert done.returncode == EXIT_BAD_INPUT
     assert "no candidate keeps to the budget" in done.stderr
     assert "bytes over the budget of 1,000" in done.stderr
-    assert Store(place.cache).latest("tiny", "quantize") is not None  # what was tried is kept
+    assert StepCache(place.cache).latest("tiny", "quantize") is not None  # what was tried is kept
 
 
 def test_a_named_algorithm_is_not_searched_for(tmp_path: Path) -> None:

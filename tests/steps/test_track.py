@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.artifacts.cache import Store
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.core.errors import EXIT_FAULT, EnvironmentProblem
 from phi3_mlflow.sources import transfer
@@ -100,7 +100,7 @@ def test_a_hub_that_does_not_answer_changes_nothing(
     assert caught.value.exit_code == EXIT_FAULT
     assert f"where the branch main of {REPO} is" in str(caught.value)
     assert "the champion stay as they are" in str(caught.value)
-    assert Store().entries() == []
+    assert StepCache().entries() == []
 
 
 def impatient(init):

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from phi3_mlflow.runtime.answerer import Config
+from phi3_mlflow.runtime.answerer import ModelConfig
 from phi3_mlflow.runtime.engine import cuts
 from phi3_mlflow.runtime.request import RequestError
-from phi3_mlflow.runtime.turns import Turns
+from phi3_mlflow.runtime.fair_lock import FairLock
 from tests.flavors.scripted import ScriptedEngine, front
 
 
@@ -94,7 +94,7 @@ def test_a_mistake_in_one_row_is_found_before_any_is_answered() -> None:
     assert engine.opened == 0
 
 
-def test_the_context_bounds_prompt_and_answer_together() -> None:
+def test_the_context_bounds_prompt_and_answer_scheduler() -> None:
     model = front(ScriptedEngine(), max_tokens=150)
     room = 200 - len("uQuestion?") - 1
     answer = model.predict(None, _ask(max_tokens=room))
@@ -189,11 +189,11 @@ def test_a_session_that_failed_is_not_used_again() -> None:
 
 
 def test_config_is_checked_by_name() -> None:
-    assert Config.read({"threads": 2, "temperature": 1}).threads == 2
+    assert ModelConfig.read({"threads": 2, "temperature": 1}).threads == 2
     with pytest.raises(ValueError, match="thread: no such value; max_tokens: 0 is too small"):
-        Config.read({"thread": 2, "max_tokens": 0})
+        ModelConfig.read({"thread": 2, "max_tokens": 0})
     with pytest.raises(ValueError, match="threads: expected int, found 'two'"):
-        Config.read({"threads": "two"})
+        ModelConfig.read({"threads": "two"})
 
 
 def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
@@ -219,7 +219,7 @@ def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
     assert started.wait(10)
     short.start()
     assert model.answerer is not None
-    turns: Turns = model.answerer._turns
+    turns: FairLock = model.answerer._turns
     while not turns._waiting:  # the short request stands in line
         short.join(0.001)
     go.set()
@@ -231,7 +231,7 @@ def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
 
 
 def test_turns_go_to_the_one_who_waited_longest_and_survive_errors() -> None:
-    turns, order, ready = Turns(), [], []
+    turns, order, ready = FairLock(), [], []
     with turns:
         for name in range(4):
             gate = threading.Event()

@@ -10,13 +10,13 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from . import request
 from .answer import ChunkMaker, completion
-from .answerer import Answerer, Config, onnx_engine
-from .engine import Settings
+from .answerer import Answerer, ModelConfig, onnx_engine
+from .engine import EngineSettings
 from .live import Live
-from .request import Defaults, Request, RequestError
+from .request import SamplingDefaults, GenerationRequest, RequestError
 
 
-class ChatFront(PythonModel):
+class ChatPythonModel(PythonModel):
     """Answers MLflow's chat schema; `contract` "prompt" answers a text with a text instead."""
 
     # MLflow reads type hints on the input as a schema that replaces the signature, and warns at
@@ -29,8 +29,8 @@ class ChatFront(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine for the artifact that the model was logged with."""
-        config = Config.read(context.model_config)
-        settings = Settings(
+        config = ModelConfig.read(context.model_config)
+        settings = EngineSettings(
             threads=config.threads,
             max_context=config.max_context,
             provider=config.provider,
@@ -90,7 +90,7 @@ class ChatFront(PythonModel):
         return self._chunks(answerer, wanted, tokens, limit)
 
     def _chunks(
-        self, answerer: Answerer, wanted: Request, tokens: list[int], limit: int
+        self, answerer: Answerer, wanted: GenerationRequest, tokens: list[int], limit: int
     ) -> Iterator[dict[str, Any]]:
         maker = ChunkMaker(answerer.config.model_name)
         made = 0
@@ -109,15 +109,15 @@ class ChatFront(PythonModel):
             yield maker.delta(index, {}, choice.finish_reason)
         yield maker.last(len(tokens), made)
 
-    def _requests(self, model_input: Any, params: dict[str, Any] | None) -> list[Request]:
+    def _requests(self, model_input: Any, params: dict[str, Any] | None) -> list[GenerationRequest]:
         answerer = self._loaded()
         parse = request.parse_prompt if self._contract == "prompt" else request.parse_chat
-        defaults = Defaults(answerer.config.temperature, answerer.config.top_p)
+        defaults = SamplingDefaults(answerer.config.temperature, answerer.config.top_p)
         given = {key: value for key, value in (params or {}).items() if value is not None}
         found = request.rows(model_input)
         if not found:
             raise RequestError(["request: there is none in the input"])
-        parsed: list[Request] = []
+        parsed: list[GenerationRequest] = []
         problems: list[str] = []
         for index, row in enumerate(found):
             try:

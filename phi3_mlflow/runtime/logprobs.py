@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-class Chances:
+class LogprobCollector:
     """Collects them as the answer is made, and gives each out when its text is shown.
 
     They are the model's own, before temperature, `top_p` and penalties. Text that could become a

@@ -13,7 +13,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairLock:
     """A lock that is handed to the thread that has waited longest.
 
     `threading.Lock` gives no such promise: the thread that lets it go nearly always gets it back.

@@ -20,14 +20,14 @@ _STEP = 256
 _PAGE = mmap.PAGESIZE
 
 
-class NotForBatches(ValueError):
+class NotBatchable(ValueError):
     """This model, or this setting, cannot be computed for several sequences at once.
 
     The message goes on from "the model".
     """
 
 
-class Graph:
+class BatchGraph:
     """A graph in onnxruntime, on the CPU.
 
     Kernels compute an even number of rows two by two, and a last odd one by itself, which rounds
@@ -42,7 +42,7 @@ class Graph:
         context: tokens that one sequence may have.
 
     Raises:
-        NotForBatches: the graph does not take what this module gives.
+        NotBatchable: the graph does not take what this module gives.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class Graph:
         self._check()
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
         self.capacity = 0
-        self._memory: list[_Memory] = []
+        self._memory: list[_KvMemory] = []
 
     def _check(self) -> None:
         wanted = {self._ids, self._mask, *(past for past, _ in self._names)}
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         if set(inputs) != wanted:
             names = ", ".join(sorted(set(inputs) ^ wanted)[:3])
-            raise NotForBatches(f"has a graph with other inputs than expected: {names}")
+            raise NotBatchable(f"has a graph with other inputs than expected: {names}")
         if {inputs[self._ids], inputs[self._mask]} != {"tensor(int64)"}:
-            raise NotForBatches("has a graph that does not take tokens as int64")
+            raise NotBatchable("has a graph that does not take tokens as int64")
         kinds = {inputs[past] for past, _ in self._names}
         kinds |= {value.type for value in self._session.get_outputs()}
         if kinds != {"tensor(float)"}:
-            raise NotForBatches(f"has a cache or logits of {', '.join(sorted(kinds))}")
+            raise NotBatchable(f"has a cache or logits of {', '.join(sorted(kinds))}")
 
     def reserve(self, tokens: int, lengths: dict[int, int]) -> None:
         """Have room for `tokens` in every row.
@@ -96,7 +96,7 @@ class Graph:
         capacity = max(tokens, self.capacity * 3 // 2)
         capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
         shape = (self.rows, self._heads, capacity, self._size)
-        larger = [_Memory(shape) for _ in self._names]
+        larger = [_KvMemory(shape) for _ in self._names]
         for old, new in zip(self._memory, larger, strict=False):
             for row, length in lengths.items():
                 new.array[row, :, :length] = old.array[row, :, :length]
@@ -150,7 +150,7 @@ class Graph:
             memory.forget(row)
 
 
-class _Memory:
+class _KvMemory:
     """Zeros, of which only what is written takes up memory."""
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:

@@ -24,7 +24,7 @@ class _Kept:
     was computed token by token, which rounds differently from computing it as a prompt."""
 
 
-class Prefixes:
+class PrefixCache:
     """A bounded number of sessions with the prompts they hold, the least recently used first.
 
     Args:

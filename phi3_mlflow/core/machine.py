@@ -1,0 +1,107 @@
+"""What this machine has: processor cores, memory, disk.
+
+Limits of the control group count as much as the hardware: in a container with two cores and 4 GiB
+on a large host, that is what there is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use: by affinity, and by the group's quota."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # no such call on macOS and Windows
+        cores = os.cpu_count() or 1
+    quota = _group_cores()
+    return max(1, cores if quota is None else min(cores, quota))
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can still take, by the system and by the control group if it limits.
+
+    None where the system does not say.
+    """
+    found = [value for value in (_system_memory(), _group_memory()) if value is not None]
+    return min(found) if found else None
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk that holds a path, or that will hold it once it exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
+    return sizes.get("MemAvailable", sizes.get("MemFree"))
+
+
+def _group_memory() -> int | None:
+    """What the tightest control group above this process leaves."""
+    left = []
+    for group in _groups():
+        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        if limit is not None and used is not None:
+            # Cached files count as used, and are given back when memory is wanted.
+            left.append(max(0, limit - used + _cached(group)))
+    return min(left) if left else None
+
+
+def _group_cores() -> int | None:
+    """Whole cores of the tightest quota above this process, at least one."""
+    found = []
+    for group in _groups():
+        try:
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+            found.append(max(1, math.floor(int(quota) / int(period))))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(found) if found else None
+
+
+def _groups() -> list[Path]:
+    """The control groups (version 2) of this process, its own first."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:
+        return []
+    group = _CGROUP / own.lstrip("/")
+    # In a container the path may name a folder of the host, which is not there.
+    if not group.is_relative_to(_CGROUP) or not group.is_dir():
+        return [_CGROUP]
+    return [group, *(above for above in group.parents if above.is_relative_to(_CGROUP))]
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _cached(group: Path) -> int:
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
