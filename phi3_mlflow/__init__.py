@@ -8,4 +8,4 @@ import os
 # Before mlflow is imported, which would report its use; whoever wants that sets it to false.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,5 +1,7 @@
 """Write the closures of conda.yaml and requirements/*.txt as constraints files: ``make lock``.
 
+The direct ones go to pyproject.toml too, as the dependencies of the installable package.
+
     python tools/lock.py              # what is locked stays as far as the requirements allow
     python tools/lock.py --upgrade    # the newest of everything that is not pinned by name
 
@@ -26,11 +28,17 @@ from requirement_files import (
     CONDA_YAML,
     EXTRA_FILES,
     REQUIREMENTS,
+    ROOT,
     conda_pip_requirements,
     conda_pip_version,
     constraint_paths,
     direct_requirements,
+    extra_requirements,
 )
+
+PYPROJECT = ROOT / "pyproject.toml"
+# The sets of requirements/ that are extras of the package: `pip install .[spark]`.
+EXTRAS = ("gptq", "spark")
 
 CLOSURE_LINE = re.compile(r"^# closure: sha256:[0-9a-f]+$", re.MULTILINE)
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s+]+)")
@@ -75,9 +83,25 @@ def main(arguments: Sequence[str] = ()) -> int:
             digest=requirements_digest(requirements),
         )
         write(REQUIREMENTS / f"constraints-{name}.txt", head + lines(closure, runtime))
+    write(PYPROJECT, with_dependencies(PYPROJECT.read_text(encoding="utf-8")))
     closure_line = f"# closure: sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     write(CONDA_YAML, CLOSURE_LINE.sub(closure_line, CONDA_YAML.read_text(encoding="utf-8")))
     return 0
+
+
+def with_dependencies(text: str) -> str:
+    """pyproject.toml with the dependencies and extras that conda.yaml and requirements/ name."""
+    lists = {"dependencies": conda_pip_requirements()}
+    for name in EXTRAS:
+        lists[name] = extra_requirements(REQUIREMENTS / f"{name}.txt")
+    for key, pins in lists.items():
+        written = "".join(f'    "{pin}",\n' for pin in pins)
+        text, count = re.subn(
+            rf"^{key} = \[[^\]]*\]$", f"{key} = [\n{written}]", text, flags=re.MULTILINE
+        )
+        if count != 1:
+            raise SystemExit(f"pyproject.toml has {count} lists named {key}, not one")
+    return text
 
 
 def pinned(kind: str) -> dict[str, str]:
