@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 _QUANTIZE = """
 from pathlib import Path
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
-settings = QuantizationSettings.model_validate({settings!r})
+from phi3_mlflow.quantization.settings import quantization_settings
+settings = quantization_settings({settings!r})
 print(quantize_checkpoint(Path({source!r}), Path({out!r}), settings))
 """
 _EXPORT = """

@@ -34,7 +34,7 @@ _DRIFT = "gptq mixed, drift corrected"
 
 def candidates() -> dict[str, QuantizationSettings]:
     """Those of the embedded default's profile, and its best with drift correction."""
-    from phi3_mlflow.config.profile import load_profile
+    from phi3_mlflow.config.loading import load_profile
 
     found = load_profile("smollm2-135m").search.candidates
     return {**found, _DRIFT: found["gptq mixed"].model_copy(update={"drift_correction": 1.0})}

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3_mlflow.config.loading import load_profile, profile_names
 from phi3_mlflow.config.parameters import PARAMETERS, read_request
-from phi3_mlflow.config.profile import load_profile, profile_names
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
 
 GOOD = {
@@ -62,6 +62,67 @@ def test_another_algorithm_does_not_inherit_what_was_meant_for_the_files_own(
     assert chosen.calibration == tmp_path / "texts.txt"
     chosen = load_profile(name, {"quantization.algorithm": "rtn"}).quantization
     assert (chosen.algorithm, chosen.head, chosen.calibration) == ("rtn", "int8", None)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "k_quant", "k_quant_mixed", "gptq"])
+def test_the_quantization_of_an_older_recipe_lists_the_settings_of_all_algorithms(
+    tmp_path: Path, algorithm: str
+) -> None:
+    recorded = {
+        "algorithm": algorithm, "block_size": 64, "mixed_layers": "some", "block_sizes": {},
+        "head": "auto", "embedding": "auto", "accuracy_level": 4, "calibration_tokens": 16384,
+        "calibration_length": 512, "damping": 0.01, "drift_correction": 0.0, "threads": 2,
+        "backend": "streaming",
+    }  # fmt: skip
+    chosen = load_profile(write(tmp_path, quantization=recorded)).quantization
+    assert (chosen.algorithm, chosen.block_size) == (algorithm, 64)
+    assert load_profile(write(tmp_path, search={"candidates": {"a": recorded}})).search.candidates
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"quantization": {"algorithm": "rtm"}},
+            "mine.yaml: quantization.algorithm = 'rtm': Input should be 'rtn', 'k_quant', "
+            "'k_quant_mixed', 'gptq' or 'search'",
+        ),
+        (
+            {"search": {"candidates": {"rtn": {"algorithm": "search"}}}},
+            "search.candidates.rtn.algorithm = 'search': Input should be 'rtn', 'k_quant', "
+            "'k_quant_mixed' or 'gptq'",
+        ),
+        (
+            {"search": {"candidates": {"rtn": {"algorithm": "rtn", "blok_size": 16}}}},
+            "unknown key search.candidates.rtn.blok_size; did you mean block_size? Allowed here: "
+            "accuracy_level, algorithm, block_size,",
+        ),
+        (
+            {"quantization": {"algorithm": "k_quant", "damping": 0.5}},
+            "quantization.damping = 0.5: damping belongs to algorithm gptq",
+        ),
+        (
+            {"quantization": {"algorithm": "rtn", "calibration": "texts.txt"}},
+            "algorithm rtn takes no calibration; leave it out or choose gptq",
+        ),
+        (
+            {"quantization": {"algorithm": "gptq", "damping": 2}},
+            "mine.yaml: quantization.damping = 2: Input should be less than 1",
+        ),
+        ({"quantization": {"algorithm": None}}, "quantization.algorithm = None: Input should be"),
+        ({"quantization": {"algorithm": []}}, "quantization.algorithm = []: Input should be"),
+    ],
+)
+def test_a_problem_with_a_quantization_names_the_key_in_the_file(
+    tmp_path: Path, changes: dict, words: str
+) -> None:
+    assert words in refusal(write(tmp_path, **changes))
+
+
+def test_an_unknown_algorithm_of_a_parameter_is_the_parameters() -> None:
+    message = refusal("smollm2-135m", algorithm="x")
+    assert "parameter: quantization.algorithm = 'x': Input should be 'rtn'" in message
+    assert "'search'" in message
 
 
 def test_gptq_without_texts_takes_those_that_come_with_the_project(tmp_path: Path) -> None:

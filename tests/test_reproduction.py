@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from phi3_mlflow.artifacts.manifests import FileEntry, Manifest, sha256_of_file
 from phi3_mlflow.artifacts.provenance import write_provenance
+from phi3_mlflow.config.loading import load_profile, profile_names
 from phi3_mlflow.config.parameters import read_request
-from phi3_mlflow.config.profile import load_profile, profile_names
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EXIT_DIFFERENT, UserError
 from phi3_mlflow.pipeline.command_line import step_command
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe, recipe_of

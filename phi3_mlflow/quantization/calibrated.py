@@ -23,7 +23,7 @@ from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, Plan
 from phi3_mlflow.quantization.quantize import CHUNK_WEIGHTS, copy_tensor, write_linear
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings
 
 # Sequences that go through a layer together.
 _BATCH = 4
@@ -33,7 +33,7 @@ def quantize_calibrated(
     checkpoint: Path,
     reader: CheckpointReader,
     plan: Plan,
-    settings: QuantizationSettings,
+    settings: GptqSettings,
     writer: CheckpointWriter,
     meter: Meter,
 ) -> int:
@@ -126,7 +126,7 @@ class _Layers:
         layer: int,
         steps: list[LinearPlan | CopyPlan],
         states: torch.Tensor,
-        settings: QuantizationSettings,
+        settings: GptqSettings,
     ) -> dict[str, Rounded]:
         """Quantize the four matrices of a layer; `states` go through it and are overwritten."""
         module = self._load(layer)
@@ -216,7 +216,7 @@ def _round(
     inputs: torch.Tensor,
     ideal: torch.Tensor | None,
     step: LinearPlan,
-    settings: QuantizationSettings,
+    settings: GptqSettings,
 ) -> Rounded:
     if ideal is None and step.bits == 8:
         return rtn(weights, 8, step.block_size, step.symmetric)
@@ -279,7 +279,7 @@ def _outside(
     step: LinearPlan | CopyPlan,
     model: _Layers,
     states: torch.Tensor,
-    settings: QuantizationSettings,
+    settings: GptqSettings,
     writer: CheckpointWriter,
     meter: Meter,
 ) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def _is_message(message: object) -> bool:
     )
 
 
-def calibration_sequences(checkpoint: Path, settings: QuantizationSettings) -> torch.Tensor:
+def calibration_sequences(checkpoint: Path, settings: GptqSettings) -> torch.Tensor:
     """Token ids of the calibration texts, cut into sequences.
 
     Conversations are written out by the checkpoint's chat template. The texts are joined by the
@@ -80,8 +80,6 @@ def calibration_sequences(checkpoint: Path, settings: QuantizationSettings) -> t
     import torch
     from transformers import AutoTokenizer
 
-    if settings.calibration is None:
-        raise UserError("calibration: no file is given")
     texts = calibration_texts(settings.calibration)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)

@@ -27,13 +27,13 @@ from phi3_mlflow.quantization.quantize import (
     write_config,
     write_linear,
 )
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings
 
 
 def quantize_with_optimum(
     checkpoint: Path,
     out: Path,
-    settings: QuantizationSettings,
+    settings: GptqSettings,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
     """The same as `quantize_checkpoint`, by optimum.
@@ -84,9 +84,7 @@ def _optimum() -> Any:
     return GPTQQuantizer
 
 
-def _run(
-    quantizer_class: Any, checkpoint: Path, directory: Path, settings: QuantizationSettings
-) -> None:
+def _run(quantizer_class: Any, checkpoint: Path, directory: Path, settings: GptqSettings) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -15,7 +15,12 @@ from typing import Any
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.writer import Announced
 from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
-from phi3_mlflow.quantization.settings import BLOCK_SIZES, PROJECTIONS, QuantizationSettings
+from phi3_mlflow.quantization.settings import (
+    BLOCK_SIZES,
+    PROJECTIONS,
+    MixedPrecisionSettings,
+    QuantizationSettings,
+)
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"
@@ -218,7 +223,7 @@ def _misfits(
             problems["rows", plan.rows] = (
                 f"{plan.name} has {plan.rows} rows; the GPTQ format packs rows by eights"
             )
-    if isinstance(settings.mixed_layers, tuple):
+    if isinstance(settings, MixedPrecisionSettings) and isinstance(settings.mixed_layers, tuple):
         beyond = [layer for layer in settings.mixed_layers if layer >= layers]
         if beyond:
             problems["mixed_layers", 0] = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import EnvironmentProblem, problem_list
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 
 # Resident size of Python with torch, transformers, onnx and the builder loaded, measured.
 _LIBRARIES = 650_000_000
@@ -49,11 +49,11 @@ def needs(checkpoint: Path, settings: QuantizationSettings) -> Needs:
     written = sum(tensor.nbytes for tensor in plan.announced().values())
     onnx = sum(_onnx_bytes(step, plan) for step in plan.steps)
     memory = _LIBRARIES + _COPIES * max(_onnx_bytes(step, plan) for step in plan.steps)
-    if settings.algorithm == "gptq":
+    if isinstance(settings, GptqSettings):
         memory = max(memory, _LIBRARIES + _calibration_bytes(reader, plan, settings))
-    if settings.backend == "optimum":
-        weights = sum(step.rows * step.columns for step in plan.linears())
-        memory = max(memory, _LIBRARIES + 5 * weights)
+        if settings.backend == "optimum":
+            weights = sum(step.rows * step.columns for step in plan.linears())
+            memory = max(memory, _LIBRARIES + 5 * weights)
     return Needs(memory=memory, disk=written + onnx + 32_000_000)
 
 
@@ -89,7 +89,7 @@ def preflight(
         problems.append(f"memory: {_gib(needed.memory)} needed, {_gib(memory)} available")
         ways.append(
             "fewer calibration_tokens, or algorithm k_quant_mixed, needs less memory"
-            if settings.algorithm == "gptq"
+            if isinstance(settings, GptqSettings)
             else "close other programs, or run on a machine with more memory"
         )
     if disk < needed.disk:
@@ -157,7 +157,7 @@ def _onnx_bytes(step: LinearPlan | CopyPlan, plan: Plan) -> int:
     return count * 4
 
 
-def _calibration_bytes(reader: CheckpointReader, plan: Plan, settings: QuantizationSettings) -> int:
+def _calibration_bytes(reader: CheckpointReader, plan: Plan, settings: GptqSettings) -> int:
     """A layer in float32 and its codes, second moments with scratch, and the texts' activations."""
     layer = [step for step in plan.linears() if step.layer == 0]
     weights = sum(step.rows * step.columns for step in layer)

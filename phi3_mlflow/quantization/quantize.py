@@ -19,7 +19,12 @@ from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.checkpoints.writer import CheckpointWriter
 from phi3_mlflow.core.progress import Meter, Progress, no_progress
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import (
+    DEFAULT_DAMPING,
+    GptqSettings,
+    QuantizationSettings,
+    RtnSettings,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +94,7 @@ def quantize_checkpoint(
         UserError: the settings do not fit the model.
     """
     started = time.monotonic()
-    if settings.backend == "optimum":
+    if isinstance(settings, GptqSettings) and settings.backend == "optimum":
         from phi3_mlflow.quantization.optimum_gptq import quantize_with_optimum
 
         return quantize_with_optimum(checkpoint, out, settings, progress)
@@ -102,7 +107,7 @@ def quantize_checkpoint(
         CheckpointWriter(out, plan.announced()) as writer,
         progress(f"quantizing ({settings.algorithm})", total) as meter,
     ):
-        if settings.algorithm == "gptq":
+        if isinstance(settings, GptqSettings):
             from phi3_mlflow.quantization.calibrated import quantize_calibrated
 
             bytes_out = quantize_calibrated(checkpoint, reader, plan, settings, writer, meter)
@@ -133,7 +138,7 @@ def _quantize_plain(
 
     from phi3_mlflow.quantization import rounding
 
-    rounder = rounding.rtn if settings.algorithm == "rtn" else rounding.k_quant
+    rounder = rounding.rtn if isinstance(settings, RtnSettings) else rounding.k_quant
     bytes_out = 0
     with torch.inference_mode():
         for step in plan.steps:
@@ -218,7 +223,7 @@ def write_config(
         "desc_act": False,
         "static_groups": False,
         "true_sequential": True,
-        "damp_percent": settings.damping,
+        "damp_percent": settings.damping if isinstance(settings, GptqSettings) else DEFAULT_DAMPING,
         "lm_head": True,
         "dynamic": _overrides(plan, settings),
         "meta": {

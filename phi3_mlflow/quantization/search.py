@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from phi3_mlflow.core.errors import ProjectError, UserError, problem_list
-from phi3_mlflow.quantization.settings import Budget, QuantizationSettings
+from phi3_mlflow.quantization.search_settings import Budget
+from phi3_mlflow.quantization.settings import QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from onnx import NodeProto
 
-from phi3_mlflow.config.profile import load_profile
+from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.gate import judge
 from phi3_mlflow.evaluation.measure import Sets, diverge, measure

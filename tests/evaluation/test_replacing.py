@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from phi3_mlflow.config.loading import find_profile
 from phi3_mlflow.config.parameters import read_request
-from phi3_mlflow.config.profile import find_profile
 from phi3_mlflow.core.errors import GateRefused
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.pipeline.step import Outcome, carry_out

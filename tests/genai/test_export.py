@@ -14,11 +14,11 @@ from phi3_mlflow.genai.check import check_export
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings, RtnSettings
 from tests.fixtures.tiny_phi3 import make_tiny
 
-RTN = QuantizationSettings(algorithm="rtn", block_size=16)
-MIXED = QuantizationSettings(algorithm="k_quant_mixed", block_size=16, int8_block_size=32)
+RTN = RtnSettings(block_size=16)
+MIXED = KQuantMixedSettings(block_size=16, int8_block_size=32)
 
 
 def _tokens(count: int) -> list[int]:
@@ -125,7 +125,7 @@ def test_int4_logits_equal_the_dequantized_model(
 def test_an_embedding_can_be_quantized_by_itself(
     tiny: Path, embedding: str, tmp_path: Path
 ) -> None:
-    settings = QuantizationSettings(algorithm="rtn", block_size=16, embedding=embedding)
+    settings = RtnSettings(block_size=16, embedding=embedding)
     quantize_checkpoint(tiny, tmp_path / "int4", settings)
     export_onnx(tmp_path / "int4", tmp_path / "onnx", precision="int4", accuracy_level=1)
     plain = settings.model_copy(update={"embedding": "fp32"})
@@ -168,7 +168,7 @@ def test_a_tied_head_is_stored_once(tiny_tied: Path, tmp_path: Path) -> None:
 def test_a_tied_model_can_have_an_embedding_of_its_own(
     tiny_tied: Path, embedding: str, tmp_path: Path
 ) -> None:
-    settings = QuantizationSettings(algorithm="rtn", block_size=16, embedding=embedding)
+    settings = RtnSettings(block_size=16, embedding=embedding)
     quantize_checkpoint(tiny_tied, tmp_path / "int4", settings)
     export_onnx(tmp_path / "int4", tmp_path / "onnx", precision="int4")
     report = check_export(tmp_path / "onnx", settings)

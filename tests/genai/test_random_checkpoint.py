@@ -9,7 +9,7 @@ from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.genai.check import check_export
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import RtnSettings
 
 _SMALL = {
     "hidden_size": 128,
@@ -42,7 +42,7 @@ def test_what_is_written_can_be_quantized_and_run(
     size = write_random_checkpoint("small", tmp_path / "float")
     reader = CheckpointReader(tmp_path / "float")
     assert sum(reader.entry(name).nbytes for name in reader) == size
-    settings = QuantizationSettings(algorithm="rtn")
+    settings = RtnSettings()
     quantize_checkpoint(tmp_path / "float", tmp_path / "int4", settings)
     export_onnx(tmp_path / "int4", tmp_path / "onnx", precision="int4")
     assert check_export(tmp_path / "onnx", settings).logits == 512

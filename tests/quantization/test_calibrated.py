@@ -14,7 +14,11 @@ from phi3_mlflow.quantization.gptq import gptq
 from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import (
+    QuantizationSettings,
+    RtnSettings,
+    quantization_settings,
+)
 from tests.fixtures.tiny_phi3 import make_tiny
 
 
@@ -33,7 +37,7 @@ def _sentence(i: int) -> str:
 
 
 def _settings(texts: Path, **more: object) -> QuantizationSettings:
-    return QuantizationSettings.model_validate(
+    return quantization_settings(
         {
             "algorithm": "gptq",
             "block_size": 16,
@@ -100,9 +104,7 @@ def test_calibration_brings_the_model_closer(
     checkpoint = request.getfixturevalue(fixture)
     settings = _settings(texts, drift_correction=drift)
     quantize_checkpoint(checkpoint, tmp_path / "gptq", settings)
-    quantize_checkpoint(
-        checkpoint, tmp_path / "rtn", QuantizationSettings(algorithm="rtn", block_size=16)
-    )
+    quantize_checkpoint(checkpoint, tmp_path / "rtn", RtnSettings(block_size=16))
     names = {"model.safetensors", "config.json", "tokenizer.json"}
     assert names <= {file.name for file in (tmp_path / "gptq").iterdir()}
     errors = {name: _output_error(checkpoint, tmp_path / name) for name in ("gptq", "rtn")}

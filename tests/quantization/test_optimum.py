@@ -8,7 +8,7 @@ import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 from tests.fixtures.tiny_phi3 import make_tiny
 
 
@@ -16,8 +16,7 @@ def _settings(directory: Path) -> QuantizationSettings:
     file = directory / "texts.jsonl"
     line = {"text": "The quick brown fox jumps over the lazy dog, again and again. " * 4}
     file.write_text((json.dumps(line) + "\n") * 8)
-    return QuantizationSettings(
-        algorithm="gptq",
+    return GptqSettings(
         backend="optimum",
         calibration=file,
         calibration_tokens=512,

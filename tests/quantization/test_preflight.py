@@ -8,9 +8,9 @@ from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.quantization.preflight import available_memory, needs, preflight
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import GptqSettings, RtnSettings
 
-RTN = QuantizationSettings(algorithm="rtn", block_size=16)
+RTN = RtnSettings(block_size=16)
 
 
 def test_enough_is_enough(tiny: Path, tmp_path: Path) -> None:
@@ -40,9 +40,7 @@ def test_disk_is_estimated_from_what_will_be_written(tiny: Path, tmp_path: Path)
 def test_calibration_needs_memory_for_its_activations(tiny: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     few, many = (
-        QuantizationSettings(
-            algorithm="gptq", block_size=16, calibration=texts, calibration_tokens=tokens
-        )
+        GptqSettings(block_size=16, calibration=texts, calibration_tokens=tokens)
         for tokens in (256, 1_048_576)
     )
     assert needs(tiny, many).memory > needs(tiny, few).memory + 2**30

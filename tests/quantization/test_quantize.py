@@ -15,10 +15,10 @@ from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
-from phi3_mlflow.quantization.settings import QuantizationSettings
+from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings, RtnSettings
 
-RTN = QuantizationSettings(algorithm="rtn", block_size=16)
-MIXED = QuantizationSettings(algorithm="k_quant_mixed", block_size=16, int8_block_size=32)
+RTN = RtnSettings(block_size=16)
+MIXED = KQuantMixedSettings(block_size=16, int8_block_size=32)
 
 
 def _dequantized(directory: Path, module: str, bits: int) -> torch.Tensor:
@@ -116,20 +116,20 @@ def test_progress_adds_up_to_the_input(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_block_size_that_does_not_divide_is_refused(tiny: Path, tmp_path: Path) -> None:
-    settings = QuantizationSettings(algorithm="rtn", block_size=64)
+    settings = RtnSettings(block_size=64)
     with pytest.raises(UserError, match="block_size 64 does not divide the 96 columns"):
         quantize_checkpoint(tiny, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_are_not_there_are_refused(tiny: Path, tmp_path: Path) -> None:
-    settings = QuantizationSettings(block_size=16, mixed_layers=(0, 7))
+    settings = KQuantMixedSettings(block_size=16, mixed_layers=(0, 7))
     with pytest.raises(UserError, match=r"names \[7\]; the model has the layers 0 to 1"):
         quantize_checkpoint(tiny, tmp_path, settings)
 
 
 def test_a_shared_embedding_needs_a_tied_model(tiny: Path, tmp_path: Path) -> None:
-    settings = QuantizationSettings(algorithm="rtn", block_size=16, embedding="shared")
+    settings = RtnSettings(block_size=16, embedding="shared")
     with pytest.raises(UserError, match="tied"):
         quantize_checkpoint(tiny, tmp_path, settings)
 

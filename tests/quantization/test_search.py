@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.quantization.search import CandidateMetrics, search
-from phi3_mlflow.quantization.settings import Budget, QuantizationSettings
+from phi3_mlflow.quantization.search_settings import Budget
+from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings
 
-SETTINGS = QuantizationSettings()
+SETTINGS = KQuantMixedSettings()
 
 
 def _found(kl: float, size: int, speed: float = 50.0, top1: float = 0.9) -> CandidateMetrics:

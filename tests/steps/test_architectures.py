@@ -6,8 +6,8 @@ import mlflow
 import pytest
 import yaml
 
+from phi3_mlflow.config.loading import PROFILE_DIRECTORY, load_profile, profile_names
 from phi3_mlflow.config.parameters import read_request
-from phi3_mlflow.config.profile import PROFILE_DIRECTORY, load_profile, profile_names
 from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.sources.spec import parse_source
 from phi3_mlflow.stages import export, fetch, log, quantize

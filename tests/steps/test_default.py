@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.config.profile import load_profile, profile_names
+from phi3_mlflow.config.loading import load_profile, profile_names
 from tests.conftest import ROOT, Workspace
 
 pytestmark = pytest.mark.slow

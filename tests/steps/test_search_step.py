@@ -9,7 +9,7 @@ import mlflow
 import pytest
 
 from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.config.profile import load_profile
+from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
 from phi3_mlflow.evaluation.report.candidates import pareto
 from phi3_mlflow.tracking import registry
