@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.runtime.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -103,10 +104,8 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a value is unknown or of the wrong kind.
     """
-    from phi3_mlflow.runtime.answerer import Config
-
     try:
-        return asdict(Config.read(values))
+        return asdict(ModelConfig.read(values))
     except ValueError as error:
         raise UserError(str(error)) from error
 

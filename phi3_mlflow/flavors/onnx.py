@@ -45,7 +45,8 @@ def log_onnx(
         name: of the logged model, and of the `model` in its answers unless `model_config` says
             otherwise.
         contract: `chat` answers MLflow's chat schema, `prompt` answers a text with a text.
-        model_config: values of `runtime.model_config.ModelConfig`; all can be overridden when loading.
+        model_config: values of `runtime.model_config.ModelConfig`; all can be
+            overridden when loading.
         metadata: goes into the MLmodel file.
         tags, params: of the LoggedModel.
         input_example: a request; default: one of the contract's own.

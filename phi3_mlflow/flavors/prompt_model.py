@@ -30,7 +30,7 @@ def _runtime() -> ModuleType:
     package = importlib.util.module_from_spec(spec)
     sys.modules[name] = package
     spec.loader.exec_module(package)
-    return importlib.import_module(f"{name}.front")
+    return importlib.import_module(f"{name}.python_model")
 
 
 set_model(_runtime().ChatPythonModel("prompt"))

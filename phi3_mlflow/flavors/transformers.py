@@ -1,4 +1,4 @@
-"""Logging the transformers flavor: MLflow's own, with the project's chat front for pyfunc.
+"""Logging the transformers flavor: MLflow's own, with the project's own runtime for pyfunc.
 
 `mlflow.transformers.log_model(task="llm/v1/chat")` lays the checkpoint out, so that
 `mlflow.transformers.load_model` gives the Hugging Face pipeline. Its pyfunc wrapper however
@@ -81,7 +81,7 @@ def log_transformers(
         params=params,
         tags=tags,
     )
-    return _put_front(info, config, license_text or _licence_unknown(name))
+    return _put_runtime(info, config, license_text or _licence_unknown(name))
 
 
 def _dtype(checkpoint: Path) -> str:
@@ -90,7 +90,7 @@ def _dtype(checkpoint: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def _put_front(info: ModelInfo, config: dict[str, Any], license_text: str) -> ModelInfo:
+def _put_runtime(info: ModelInfo, config: dict[str, Any], license_text: str) -> ModelInfo:
     """Replace the pyfunc wrapper of a model that was just logged, and the paths it gives away."""
     import mlflow
     from mlflow.entities import LoggedModelStatus
@@ -105,7 +105,7 @@ def _put_front(info: ModelInfo, config: dict[str, Any], license_text: str) -> Mo
             folder = Path(temporary)
             bundle.copy_code("chat", folder)
             bundle.write_documents(folder, None, license_text)
-            # Last: until the MLmodel file names the front, the model is MLflow's own, and whole.
+            # Last: until the MLmodel file names the runtime, the model is MLflow's own, and whole.
             client.log_model_artifacts(info.model_id, str(folder))
             model.save(str(folder / MLMODEL_FILE_NAME))
             client.log_model_artifact(info.model_id, str(folder / MLMODEL_FILE_NAME))

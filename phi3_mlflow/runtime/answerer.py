@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from .answer import Choice
+from .cancellation import Abandoned, abandoned_by, watched
+from .engine import Engine, Guided, Session, cuts
 from .logprobs import LogprobCollector
-from .engine import Engine, Guided, Session, EngineSettings, cuts
-from .live import Abandoned, abandoned_by, watched
+from .model_config import ModelConfig
 from .prefix_cache import PrefixCache
 from .request import GenerationRequest, RequestError
 from .sampling import Sampler
@@ -26,59 +25,18 @@ _NONE = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Every `model_config` value, with what applies when it is not given.
-
-    All of them are written into the logged model, because MLflow lets a value be overridden at
-    load time only if it is there.
+class PreparedRequest:
+    """A request with its prompt as tokens.
 
     Attributes:
-        model_name: the `model` of every answer.
-        threads, max_context, provider, rope_switch, dtype, batch: see `engine.EngineSettings`.
-        max_tokens: new tokens at most, for requests that say nothing.
-        temperature, top_p: for requests that say nothing; temperature 0 is greedy.
-        prefix_cache_mb: megabytes of key-value cache kept for the next turn; 0 keeps nothing.
-        prefill_chunk: tokens of a prompt that are computed before another request gets its turn.
+        request: what was asked for.
+        tokens: of the prompt.
+        limit: new tokens that each choice may have.
     """
 
-    model_name: str = "phi-3"
-    threads: int = 0
-    max_context: int = 0
-    provider: str = "cpu"
-    rope_switch: int = 0
-    dtype: str = ""
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    prefix_cache_mb: int = 2048
-    prefill_chunk: int = 64
-    batch: int = 1
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any] | None) -> ModelConfig:
-        """Check `model_config`.
-
-        Raises:
-            ValueError: naming every value that is unknown or of the wrong kind.
-        """
-        values = dict(values or {})
-        known = cls.__dataclass_fields__
-        problems = [f"{name}: no such value" for name in values if name not in known]
-        for name in known:
-            if name not in values:
-                continue
-            default, value = getattr(cls, name), values[name]
-            kind = (int, float) if isinstance(default, float) else type(default)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                problems.append(f"{name}: expected {type(default).__name__}, found {value!r}")
-            elif isinstance(value, int | float) and value < (1 if name in _POSITIVE else 0):
-                problems.append(f"{name}: {value} is too small")
-        if problems:
-            raise ValueError("model_config: " + "; ".join(problems))
-        return cls(**values)
-
-
-_POSITIVE = ("max_tokens", "prefill_chunk", "batch")
+    request: GenerationRequest
+    tokens: list[int]
+    limit: int
 
 
 class Answerer:
@@ -90,18 +48,18 @@ class Answerer:
         self._lock = engine.lock
         self.prefixes = PrefixCache(engine, config.prefix_cache_mb * MEGABYTE, self._cuts)
 
-    def prepare(self, wanted: GenerationRequest) -> tuple[list[int], int]:
-        """Tokens of the prompt, and how many new ones the answer may have.
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Render and tokenize the prompt, and see how many new tokens the answer may have.
 
         Raises:
             RequestError: the prompt, or what is asked for on top of it, is beyond the context.
         """
-        engine, field = self.engine, "prompt" if wanted.messages is None else "messages"
+        engine, field = self.engine, "prompt" if request.messages is None else "messages"
         with self._lock:
-            if wanted.messages is None:
-                tokens = engine.encode(wanted.prompt or "")
+            if request.messages is None:
+                tokens = engine.encode(request.prompt or "")
             else:
-                tokens = engine.render(wanted.messages)
+                tokens = engine.render(request.messages)
         room = engine.context - len(tokens)
         if room < 1:
             raise RequestError(
@@ -110,65 +68,55 @@ class Answerer:
                     f"{engine.context}"
                 ]
             )
-        if wanted.max_tokens is None:
-            return tokens, min(self.config.max_tokens, room)
-        if wanted.max_tokens > room:
+        if request.max_tokens is None:
+            return PreparedRequest(request, tokens, min(self.config.max_tokens, room))
+        if request.max_tokens > room:
             raise RequestError(
                 [
-                    f"max_tokens: {wanted.max_tokens} new tokens and {len(tokens)} of the prompt "
+                    f"max_tokens: {request.max_tokens} new tokens and {len(tokens)} of the prompt "
                     f"are beyond the context of {engine.context}; at most {room} are left"
                 ]
             )
-        return tokens, wanted.max_tokens
+        return PreparedRequest(request, tokens, request.max_tokens)
 
-    def answer(self, wanted: GenerationRequest, tokens: list[int], limit: int) -> list[Choice]:
-        """All choices of a request, whole."""
+    def answer(self, prepared: PreparedRequest) -> list[Choice]:
+        """Compute all choices of a request, whole."""
         choices = []
-        for index in range(wanted.n):
-            pieces: list[str] = []
-            running = self.pieces(wanted, tokens, limit, index)
-            while True:
-                try:
-                    pieces.append(next(running))
-                except StopIteration as end:
-                    choice: Choice = end.value
-                    break
-            choice.text = "".join(pieces)
+        for index in range(prepared.request.n):
+            choice = Choice()
+            choice.text = "".join(self.pieces(prepared, index, choice))
             choices.append(choice)
         return choices
 
-    def answers(self, jobs: Sequence[tuple[GenerationRequest, list[int], int]]) -> list[list[Choice]]:
-        """What `answer` gives for each of several requests, together where the engine can."""
-        together = min(self.engine.together, len(jobs))
+    def answers(self, prepared: Sequence[PreparedRequest]) -> list[list[Choice]]:
+        """Compute what `answer` gives for each of several requests, in a batch if there is one."""
+        together = min(self.engine.together, len(prepared))
         if together < 2:
-            return [self.answer(*job) for job in jobs]
+            return [self.answer(one) for one in prepared]
         left = watched()
 
-        def one(job: tuple[GenerationRequest, list[int], int]) -> list[Choice]:
+        def answer(one: PreparedRequest) -> list[Choice]:
             with abandoned_by(left):
-                return self.answer(*job)
+                return self.answer(one)
 
         with ThreadPoolExecutor(together) as threads:
-            return list(threads.map(one, jobs))
+            return list(threads.map(answer, prepared))
 
     def pieces(
-        self,
-        wanted: GenerationRequest,
-        tokens: list[int],
-        limit: int,
-        index: int,
-        choice: Choice | None = None,
-    ) -> Generator[str, None, Choice]:
-        """The text of choice `index`, piece by piece; the generator returns the `Choice`.
+        self, prepared: PreparedRequest, index: int, choice: Choice
+    ) -> Generator[str, None, None]:
+        """Compute the text of choice `index`, piece by piece.
 
         Args:
-            choice: is filled in on the way; its text is not.
+            prepared: the request.
+            index: each of the `n` choices draws random numbers of its own.
+            choice: all but its text is filled in on the way.
 
         Raises:
-            Abandoned: see `live.abandoned_by`.
+            Abandoned: see `cancellation.abandoned_by`.
         """
-        choice = choice or Choice("", 0, "length")
-        session, done = self._session(wanted, tokens, limit)
+        tokens = prepared.tokens
+        session, done = self._session(prepared)
         turn = nullcontext() if session.shared else self._lock
         try:
             left = watched()
@@ -179,7 +127,7 @@ class Answerer:
                     with turn:
                         session.extend(tokens[done:end])
                     done = end
-            yield from self._words(wanted, session, limit, index, choice, turn)
+            yield from self._generate(prepared, session, index, choice, turn)
         except (GeneratorExit, Abandoned):  # the client left; what was computed stays good
             self.prefixes.give_back(session, tokens[:done])
             raise
@@ -187,29 +135,27 @@ class Answerer:
             session.rest(0)
             raise
         self.prefixes.give_back(session, tokens)
-        return choice
 
-    def _words(
+    def _generate(
         self,
-        wanted: GenerationRequest,
+        prepared: PreparedRequest,
         session: Session,
-        limit: int,
         index: int,
         choice: Choice,
         turn: AbstractContextManager[None],
     ) -> Iterator[str]:
         """What follows the prompt that `session` holds."""
-        left = watched()
-        sampler, stops = Sampler(wanted.sampling, index), StopFinder(wanted.stop)
+        request, left = prepared.request, watched()
+        sampler, stops = Sampler(request.sampling, index), StopFinder(request.stop)
         decode = self.engine.decoder()
-        top = wanted.top_logprobs
+        top = request.top_logprobs
         logprobs = None if top is None else LogprobCollector(top, self.engine.spell)
         token: int | None = None
-        while choice.tokens < limit:
+        while choice.tokens < prepared.limit:
             if left.is_set():
                 raise Abandoned
             with turn:
-                if wanted.schema is not None:
+                if request.schema is not None:
                     logits = session.logits() if logprobs else _NONE
                     token = cast(Guided, session).choose(sampler)
                 elif sampler.greedy and logprobs is None:
@@ -236,29 +182,14 @@ class Answerer:
             choice.logprobs += logprobs.shown(len(rest)) if logprobs else []
             yield rest
 
-    def _session(self, wanted: GenerationRequest, tokens: list[int], limit: int) -> tuple[Session, int]:
-        if wanted.schema is None:
+    def _session(self, prepared: PreparedRequest) -> tuple[Session, int]:
+        """A session for the request, and how many tokens of the prompt it already holds."""
+        tokens, limit, schema = prepared.tokens, prepared.limit, prepared.request.schema
+        if schema is None:
             return self.prefixes.take(tokens, limit)
         with self._lock:
-            return self.engine.open_guided(len(tokens) + limit, wanted.schema), 0
+            return self.engine.open_guided(len(tokens) + limit, schema), 0
 
     def _cuts(self, tokens: Sequence[int]) -> list[int]:
         engine = self.engine
         return cuts(tokens, engine.ends, self.config.prefill_chunk, engine.rope_switch)
-
-
-def onnx_engine(folder: Path, settings: EngineSettings) -> Engine:
-    """The engine for a directory of the model builder: for batches if they are wanted."""
-    if settings.batch > 1:
-        from .engine_batch import BatchEngine
-        from .batch_graph import NotBatchable
-
-        try:
-            return BatchEngine(folder, settings)
-        except NotBatchable as reason:
-            logging.getLogger(__name__).warning(
-                "model_config batch: requests take turns, because the model %s", reason
-            )
-    from .engine_genai import GenaiEngine
-
-    return GenaiEngine(folder, settings)

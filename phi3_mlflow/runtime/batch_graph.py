@@ -2,7 +2,7 @@
 
 onnxruntime-genai's own generators take the prompts of a batch all at once at its beginning, so
 nobody could join later or keep what was computed. Here onnxruntime runs the same graph on memory
-that this module owns: one row a sequence, each with a length of its own, which is what the
+that this module owns: one slot a sequence, each with a length of its own, which is what the
 operator GroupQueryAttention takes (`attention_mask` gives the lengths, padded on the right).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# Memory grows in steps of this many tokens a row, and by half at least.
+# Memory grows in steps of this many tokens a slot, and by half at least.
 _STEP = 256
 _PAGE = mmap.PAGESIZE
 
@@ -30,15 +30,15 @@ class NotBatchable(ValueError):
 class BatchGraph:
     """A graph in onnxruntime, on the CPU.
 
-    Kernels compute an even number of rows two by two, and a last odd one by itself, which rounds
-    differently. Every call therefore has an even number of rows, a spare one among them if need
+    Kernels compute an even number of slots two by two, and a last odd one by itself, which rounds
+    differently. Every call therefore has an even number of slots, a spare one among them if need
     be: so what comes out for a sequence is the same to the last bit whatever is computed beside it.
 
     Args:
         folder: holds genai_config.json and the graph it names.
         decoder: `model.decoder` of that file.
         threads: processor threads.
-        rows: sequences that it holds at most.
+        slots: sequences that it holds at most.
         context: tokens that one sequence may have.
 
     Raises:
@@ -46,7 +46,7 @@ class BatchGraph:
     """
 
     def __init__(
-        self, folder: Path, decoder: dict[str, Any], threads: int, rows: int, context: int
+        self, folder: Path, decoder: dict[str, Any], threads: int, slots: int, context: int
     ) -> None:
         import onnxruntime as ort
 
@@ -55,7 +55,7 @@ class BatchGraph:
         self._session = ort.InferenceSession(
             str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
         )
-        self.rows = rows + rows % 2
+        self.slots = slots + slots % 2
         self._most = context + 2  # a spare token behind the last one, and it rounds to even
         self._heads = int(decoder["num_key_value_heads"])
         self._size = int(decoder["head_size"])
@@ -86,42 +86,42 @@ class BatchGraph:
             raise NotBatchable(f"has a cache or logits of {', '.join(sorted(kinds))}")
 
     def reserve(self, tokens: int, lengths: dict[int, int]) -> None:
-        """Have room for `tokens` in every row.
+        """Have room for `tokens` in every slot.
 
         Args:
-            lengths: row: tokens in use, of the rows to be kept.
+            lengths: slot: tokens in use, of the slots to be kept.
         """
         if tokens <= self.capacity:
             return
         capacity = max(tokens, self.capacity * 3 // 2)
         capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
-        shape = (self.rows, self._heads, capacity, self._size)
+        shape = (self.slots, self._heads, capacity, self._size)
         larger = [_KvMemory(shape) for _ in self._names]
         for old, new in zip(self._memory, larger, strict=False):
-            for row, length in lengths.items():
-                new.array[row, :, :length] = old.array[row, :, :length]
+            for slot, length in lengths.items():
+                new.array[slot, :, :length] = old.array[slot, :, :length]
         # Only now: where there was no room for it, the graph must not write beyond what there is.
         self._memory, self.capacity = larger, capacity
 
     def run(self, first: int, tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-        """Compute tokens of neighbouring rows.
+        """Compute tokens of neighbouring slots.
 
         Args:
-            first: the first row.
+            first: the first slot.
             tokens: int64, shape (R, T), R x T even.
-            lengths: of each of the R rows, the tokens it has with the new ones.
+            lengths: of each of the R slots, the tokens it has with the new ones.
 
         Returns:
             Logits, float32, shape (R, T, V).
         """
-        rows = len(tokens)
+        slots = len(tokens)
         mask = np.arange(max(lengths))[None] < np.asarray(lengths)[:, None]
         mask = mask.astype(np.int64)
         logits = np.empty((*tokens.shape, self.vocabulary), dtype=np.float32)
         binding = self._session.io_binding()
         for name, given in ((self._ids, tokens), (self._mask, mask)):
             binding.bind_input(name, "cpu", 0, np.int64, given.shape, given.ctypes.data)
-        shape = (rows, self._heads, self.capacity, self._size)
+        shape = (slots, self._heads, self.capacity, self._size)
         for (past, present), memory in zip(self._names, self._memory, strict=True):
             address = memory.array[first:].ctypes.data
             binding.bind_input(past, "cpu", 0, np.float32, shape, address)
@@ -130,42 +130,42 @@ class BatchGraph:
         self._session.run_with_iobinding(binding)
         return logits
 
-    def save(self, row: int, length: int) -> list[np.ndarray]:
-        """A copy of the first tokens of a row."""
-        return [memory.array[row, :, :length].copy() for memory in self._memory]
+    def save(self, slot: int, length: int) -> list[np.ndarray]:
+        """A copy of the first tokens of a slot."""
+        return [memory.array[slot, :, :length].copy() for memory in self._memory]
 
-    def load(self, row: int, saved: list[np.ndarray], length: int) -> None:
-        """Put the first tokens of a copy into a row."""
+    def load(self, slot: int, saved: list[np.ndarray], length: int) -> None:
+        """Put the first tokens of a copy into a slot."""
         for memory, kept in zip(self._memory, saved, strict=True):
-            memory.array[row, :, :length] = kept[:, :length]
+            memory.array[slot, :, :length] = kept[:, :length]
 
-    def move(self, row: int, to: int, length: int) -> None:
-        """Copy the first tokens of a row to another one."""
+    def move(self, slot: int, to: int, length: int) -> None:
+        """Copy the first tokens of a slot to another one."""
         for memory in self._memory:
-            memory.array[to, :, :length] = memory.array[row, :, :length]
+            memory.array[to, :, :length] = memory.array[slot, :, :length]
 
-    def forget(self, row: int) -> None:
-        """Give the memory behind a row back to the machine."""
+    def forget(self, slot: int) -> None:
+        """Give the memory behind a slot back to the machine."""
         for memory in self._memory:
-            memory.forget(row)
+            memory.forget(slot)
 
 
 class _KvMemory:
     """Zeros, of which only what is written takes up memory."""
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self._row_bytes = 4 * shape[1] * shape[2] * shape[3]
-        size = shape[0] * self._row_bytes
+        self._slot_bytes = 4 * shape[1] * shape[2] * shape[3]
+        size = shape[0] * self._slot_bytes
         if hasattr(mmap, "MAP_PRIVATE"):  # pages of a shared one would not be given back
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._map = mmap.mmap(-1, size)
         self.array = np.frombuffer(self._map, dtype=np.float32).reshape(shape)
 
-    def forget(self, row: int) -> None:
+    def forget(self, slot: int) -> None:
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
-        begin = -(-row * self._row_bytes // _PAGE) * _PAGE
-        end = (row + 1) * self._row_bytes // _PAGE * _PAGE
+        begin = -(-slot * self._slot_bytes // _PAGE) * _PAGE
+        end = (slot + 1) * self._slot_bytes // _PAGE * _PAGE
         if end > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)

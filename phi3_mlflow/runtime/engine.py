@@ -1,4 +1,4 @@
-"""What the chat front needs of an engine, and where a prompt is cut into pieces."""
+"""What is asked of an engine, and where a prompt is cut into pieces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .sampling import Sampler
 from .fair_lock import FairLock
+from .sampling import Sampler
 
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
@@ -70,7 +70,7 @@ class Engine(Protocol):
     """Length beyond which positions are encoded differently (LongRoPE), or 0."""
     together: int
     """Sequences that it computes at once; 1: one after the other."""
-    turns: FairLock
+    lock: FairLock
     """Held by whoever makes the engine compute, but for sessions that are `shared`."""
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:

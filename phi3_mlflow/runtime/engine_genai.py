@@ -142,7 +142,7 @@ class GuidedSession(GenaiSession):
 
 
 def _config(og: Any, folder: Path, settings: EngineSettings) -> Any:
-    config = og.ModelConfig(str(folder))
+    config = og.Config(str(folder))
     config.clear_providers()
     if settings.provider == "cuda":
         if not og.is_cuda_available():

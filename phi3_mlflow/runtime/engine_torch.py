@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Guided, EngineSettings
-from .request import RequestError
+from .engine import EngineSettings, Guided
 from .fair_lock import FairLock
+from .request import RequestError
 from .vocabulary import Vocabulary
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .engine import EngineSettings
-from .request import RequestError
 from .fair_lock import FairLock
+from .request import RequestError
 from .vocabulary import Vocabulary
 
 # onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.

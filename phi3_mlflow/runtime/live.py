@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import request
-from .answer import Choice
+from .answer import Choice, TokenLogprob
+from .answerer import Answerer, PreparedRequest
+from .cancellation import abandoned_by
 
-if TYPE_CHECKING:
-    from .answerer import Answerer
-
-INTERFACE = 1
-_here = threading.local()
-
-
-class Abandoned(Exception):
-    """Nobody waits for the answer any more; what was computed for it stays good."""
-
-
-@contextmanager
-def abandoned_by(event: threading.Event) -> Iterator[None]:
-    """End whatever this thread asks a model for with `Abandoned`, soon after `event` is set."""
-    before = getattr(_here, "event", None)
-    _here.event = event
-    try:
-        yield
-    finally:
-        _here.event = before
-
-
-def watched() -> threading.Event:
-    """The event of `abandoned_by` in this thread, or one that is never set."""
-    event = getattr(_here, "event", None)
-    return event if event is not None else threading.Event()
+INTERFACE = 2
+"""1, in models of version 0.1, had `Part.chances` in the place of `Part.logprobs`."""
 
 
 @dataclass
@@ -56,7 +34,7 @@ class Part:
     text: str
     tokens: int
     finish_reason: str | None = None
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Reply:
@@ -67,18 +45,17 @@ class Reply:
         tokens: tokens made so far, for all choices.
     """
 
-    def __init__(self, answerer: Answerer, wanted: request.GenerationRequest) -> None:
+    def __init__(self, answerer: Answerer, prepared: PreparedRequest) -> None:
         self._answerer = answerer
-        self._wanted = wanted
-        self._tokens, self._limit = answerer.prepare(wanted)
-        self.prompt_tokens = len(self._tokens)
+        self._prepared = prepared
+        self.prompt_tokens = len(prepared.tokens)
         self.tokens = 0
 
     def parts(self) -> Iterator[Part]:
-        """The answer piece by piece, the choices one after another."""
-        for index in range(self._wanted.n):
-            choice = Choice("", 0, "length")
-            running = self._answerer.pieces(self._wanted, self._tokens, self._limit, index, choice)
+        """Compute the answer piece by piece, the choices one after another."""
+        for index in range(self._prepared.request.n):
+            choice = Choice()
+            running = self._answerer.pieces(self._prepared, index, choice)
             before = self.tokens
             try:
                 for text in running:
@@ -123,13 +100,13 @@ class Live:
         Raises:
             RequestError: it does not fit the context.
         """
-        return Reply(self._answerer, wanted)
+        return Reply(self._answerer, self._answerer.prepare(wanted))
 
     def kept_bytes(self) -> int:
         """Bytes of key-value cache kept for next turns."""
         return self._answerer.prefixes.kept_bytes()
 
     @staticmethod
-    def abandoned_by(event: threading.Event) -> Any:
+    def abandoned_by(event: threading.Event) -> AbstractContextManager[None]:
         """See the function of that name; `predict` in this thread minds it too."""
         return abandoned_by(event)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+
+from .answer import TokenLogprob, TopLogprob
 
 
 class LogprobCollector:
@@ -22,7 +23,7 @@ class LogprobCollector:
     def __init__(self, top: int, spell: Callable[[int], bytes]) -> None:
         self._top = top
         self._spell = spell
-        self._held: list[tuple[int, dict[str, Any]]] = []
+        self._held: list[tuple[int, TokenLogprob]] = []
         self._decoded = self._shown = 0
 
     def note(self, token: int, logits: np.ndarray, decoded: int) -> None:
@@ -30,22 +31,22 @@ class LogprobCollector:
         scaled = logits.astype(np.float64)
         scaled -= scaled.max()
         scaled -= np.log(np.exp(scaled).sum())
-        entry = self._entry(token, scaled)
         likeliest = np.argpartition(scaled, -self._top)[-self._top :] if self._top else ()
-        entry["top_logprobs"] = [
+        top = [
             self._entry(int(other), scaled) for other in sorted(likeliest, key=lambda i: -scaled[i])
         ]
+        entry: TokenLogprob = {**self._entry(token, scaled), "top_logprobs": top}
         self._decoded += decoded
         self._held.append((self._decoded, entry))
 
-    def shown(self, length: int) -> list[dict[str, Any]]:
+    def shown(self, length: int) -> list[TokenLogprob]:
         """What belongs to the next `length` characters that are shown."""
         self._shown += length
         ready = [entry for end, entry in self._held if end <= self._shown]
         self._held = self._held[len(ready) :]
         return ready
 
-    def _entry(self, token: int, logprobs: np.ndarray) -> dict[str, Any]:
+    def _entry(self, token: int, logprobs: np.ndarray) -> TopLogprob:
         spelled = self._spell(token)
         return {
             "token": spelled.decode("utf-8", "replace"),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from . import request
-from .answer import ChunkMaker, completion
-from .answerer import Answerer, ModelConfig, onnx_engine
-from .engine import EngineSettings
+from .answer import AnswerBuilder, Choice
+from .answerer import Answerer, PreparedRequest
+from .engines import load_engine
 from .live import Live
-from .request import SamplingDefaults, GenerationRequest, RequestError
+from .model_config import ModelConfig
+from .request import GenerationRequest, RequestError, SamplingDefaults
 
 
 class ChatPythonModel(PythonModel):
@@ -30,24 +30,7 @@ class ChatPythonModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine for the artifact that the model was logged with."""
         config = ModelConfig.read(context.model_config)
-        settings = EngineSettings(
-            threads=config.threads,
-            max_context=config.max_context,
-            provider=config.provider,
-            rope_switch=config.rope_switch,
-            dtype=config.dtype,
-            batch=config.batch,
-        )
-        if "onnx" in context.artifacts:
-            engine = onnx_engine(Path(context.artifacts["onnx"]), settings)
-        else:
-            from .engine_torch import TorchEngine
-
-            engine = TorchEngine(
-                Path(context.artifacts["checkpoint"]),
-                Path(context.artifacts["tokenizer"]),
-                settings,
-            )
+        engine = load_engine(context.artifacts, config.engine)
         self.answerer = Answerer(engine, config)
 
     def predict(  # type: ignore[no-untyped-def]
@@ -61,16 +44,14 @@ class ChatPythonModel(PythonModel):
         """
         answerer = self._loaded()
         # All are checked before the first is answered: a mistake in the last row costs nothing.
-        jobs = []
-        for wanted in self._requests(model_input, params):
-            jobs.append((wanted, *answerer.prepare(wanted)))
+        prepared = [answerer.prepare(one) for one in self._requests(model_input, params)]
         answers: list[Any] = []
-        for (_, tokens, _), choices in zip(jobs, answerer.answers(jobs), strict=True):
+        for one, choices in zip(prepared, answerer.answers(prepared), strict=True):
             if self._contract == "prompt":
                 answers.append(choices[0].text)
             else:
-                name = answerer.config.model_name
-                answers.append(completion(name, len(tokens), choices))
+                builder = AnswerBuilder(answerer.config.model_name)
+                answers.append(builder.whole(choices, len(one.tokens)))
         return answers[0] if len(answers) == 1 else answers
 
     def predict_stream(
@@ -81,33 +62,30 @@ class ChatPythonModel(PythonModel):
     ) -> Iterator[Any]:
         """Answer one request in pieces: `chat.completion.chunk` objects, or texts."""
         answerer = self._loaded()
-        wanted, *more = self._requests(model_input, params)
+        request, *more = self._requests(model_input, params)
         if more:
             raise RequestError(["request: a stream answers one request at a time"])
-        tokens, limit = answerer.prepare(wanted)
+        prepared = answerer.prepare(request)
         if self._contract == "prompt":
-            return answerer.pieces(wanted, tokens, limit, 0)
-        return self._chunks(answerer, wanted, tokens, limit)
+            return answerer.pieces(prepared, 0, Choice())
+        return self._chunks(answerer, prepared)
 
-    def _chunks(
-        self, answerer: Answerer, wanted: GenerationRequest, tokens: list[int], limit: int
-    ) -> Iterator[dict[str, Any]]:
-        maker = ChunkMaker(answerer.config.model_name)
+    def _chunks(self, answerer: Answerer, prepared: PreparedRequest) -> Iterator[dict[str, Any]]:
+        builder = AnswerBuilder(answerer.config.model_name)
         made = 0
-        for index in range(wanted.n):
-            delta = {"role": "assistant", "content": ""}
-            yield maker.delta(index, delta)
-            running = answerer.pieces(wanted, tokens, limit, index)
+        for index in range(prepared.request.n):
+            if first := builder.begin(index):
+                yield first
+            choice = Choice()
+            running = answerer.pieces(prepared, index, choice)
             try:
-                while True:
-                    yield maker.delta(index, {"content": next(running)})
-            except StopIteration as end:
-                choice = end.value
+                for text in running:
+                    yield builder.piece(index, text)
             finally:
                 running.close()
             made += choice.tokens
-            yield maker.delta(index, {}, choice.finish_reason)
-        yield maker.last(len(tokens), made)
+            yield builder.end(index, choice.finish_reason)
+        yield builder.usage(len(prepared.tokens), made)
 
     def _requests(self, model_input: Any, params: dict[str, Any] | None) -> list[GenerationRequest]:
         answerer = self._loaded()

@@ -208,7 +208,9 @@ class _Fields:
             self.problems.append("tools: this model calls no tools; leave the field out")
 
 
-def parse_chat(row: Mapping[str, Any], defaults: SamplingDefaults, context: int) -> GenerationRequest:
+def parse_chat(
+    row: Mapping[str, Any], defaults: SamplingDefaults, context: int
+) -> GenerationRequest:
     """Check one chat request.
 
     Args:
@@ -226,7 +228,9 @@ def parse_chat(row: Mapping[str, Any], defaults: SamplingDefaults, context: int)
     return _request(fields, defaults, context, messages=messages, prompt=None)
 
 
-def parse_prompt(row: Mapping[str, Any], defaults: SamplingDefaults, context: int) -> GenerationRequest:
+def parse_prompt(
+    row: Mapping[str, Any], defaults: SamplingDefaults, context: int
+) -> GenerationRequest:
     """Check one request of the plain contract: `prompt`, and the sampling fields if it has them."""
     fields = _Fields(row)
     prompt = row.get("prompt")

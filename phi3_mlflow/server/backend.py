@@ -1,8 +1,8 @@
 """The model under MLflow's pyfunc wrapper, as the server sees it.
 
-Models that this project logged carry `serving/live.py`, which can stop an answer and tells its log
-probabilities. Any other pyfunc model with MLflow's chat schema is asked through `predict` and
-`predict_stream`; what these cannot do is refused with status 400.
+Models that this project logged carry `runtime/live.py` (`serving/live.py` in version 0.1), which
+can stop an answer and tells its log probabilities. Any other pyfunc model with MLflow's chat schema
+is asked through `predict` and `predict_stream`; what these cannot do is refused with status 400.
 """
 
 from __future__ import annotations
@@ -13,36 +13,41 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phi3_mlflow.runtime import live
+from phi3_mlflow.runtime import cancellation, live
 from phi3_mlflow.runtime import request as contract_rules
+from phi3_mlflow.runtime.answer import TokenLogprob
 from phi3_mlflow.runtime.text import StopFinder
 from phi3_mlflow.server.errors import ApiError
 
 if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
 
-LIVE_INTERFACE = 1  # of `serving/live.py`, the version spoken here
 _AS_GOOD_AS_GREEDY = 1e-4
 _ANY_CONTEXT = 1 << 20  # such a model does not say how long its context is
 
 
-class Part(Protocol):
-    """See `flavors.serving.live.Part`."""
+class BackendPart(Protocol):
+    """See `runtime.live.Part`."""
 
     index: int
     text: str
     tokens: int
     finish_reason: str | None
-    logprobs: list[dict[str, Any]]
+    logprobs: list[TokenLogprob]
 
 
-class Reply(Protocol):
-    """See `flavors.serving.live.Reply`."""
+class BackendReply(Protocol):
+    """See `runtime.live.Reply`."""
 
-    prompt_tokens: int
-    tokens: int
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt, as far as the model tells it."""
 
-    def parts(self) -> Iterator[Part]:
+    @property
+    def tokens(self) -> int:
+        """Tokens made so far, for all choices."""
+
+    def parts(self) -> Iterator[BackendPart]:
         """The answer piece by piece."""
 
 
@@ -55,7 +60,7 @@ class Backend(Protocol):
     def parse(self, row: Mapping[str, Any], contract: str = "chat") -> Any:
         """Check a request of the contract `chat` or `prompt`; errors carry `problems`."""
 
-    def begin(self, wanted: Any) -> Reply:
+    def begin(self, wanted: Any) -> BackendReply:
         """Take up a request that `parse` let through."""
 
     def kept_bytes(self) -> int:
@@ -75,8 +80,11 @@ def backend_of(model: PyFuncModel) -> Backend:
         inner = None
     if inner is not None and hasattr(inner, "live"):
         backend: Backend = inner.live()
-        if getattr(backend, "interface", 0) == LIVE_INTERFACE:
+        interface = getattr(backend, "interface", 0)
+        if interface == live.INTERFACE:
             return backend
+        if interface == 1:
+            return FirstInterface(backend)
     return MlflowChat(model)
 
 
@@ -86,7 +94,50 @@ class _Piece:
     text: str
     tokens: int = 0
     finish_reason: str | None = None
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class FirstInterface:
+    """A model with the first version of `live.py`: the log probabilities of a part are `chances`.
+
+    Args:
+        inner: what such a model gives; it has all else that the server asks of a `Backend`.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.together: int = inner.together
+
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> Any:
+        return self._inner.parse(row, contract)
+
+    def begin(self, wanted: Any) -> BackendReply:
+        return _FirstReply(self._inner.begin(wanted))
+
+    def kept_bytes(self) -> int:
+        return int(self._inner.kept_bytes())
+
+    def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
+        inner: contextlib.AbstractContextManager[None] = self._inner.abandoned_by(event)
+        return inner
+
+
+class _FirstReply:
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.prompt_tokens: int = inner.prompt_tokens
+
+    @property
+    def tokens(self) -> int:
+        return int(self._inner.tokens)
+
+    def parts(self) -> Iterator[BackendPart]:
+        parts = self._inner.parts()
+        try:
+            for part in parts:
+                yield _Piece(part.index, part.text, part.tokens, part.finish_reason, part.chances)
+        finally:
+            parts.close()
 
 
 class MlflowChat:
@@ -114,7 +165,7 @@ class MlflowChat:
             "response_format": wanted.schema is not None,
         }
         problems = [
-            f"{name}: this model was logged without the project's chat front and cannot do that"
+            f"{name}: this model was logged without the project's runtime and cannot do that"
             for name, wrong in refused.items()
             if wrong
         ]
@@ -136,7 +187,7 @@ class MlflowChat:
         return 0
 
     def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
-        return live.abandoned_by(event)
+        return cancellation.abandoned_by(event)
 
 
 class _MlflowReply:
@@ -148,13 +199,13 @@ class _MlflowReply:
         self.prompt_tokens = 0
         self.tokens = 0
 
-    def parts(self) -> Iterator[Part]:
-        left = live.watched()
+    def parts(self) -> Iterator[BackendPart]:
+        left = cancellation.watched()
         with self._turn:
             reason = "stop"
             for text, finished, usage in self._pieces():
                 if left.is_set():  # a model without predict_stream has answered in vain
-                    raise live.Abandoned
+                    raise cancellation.Abandoned
                 reason = finished or reason
                 self.prompt_tokens = usage.get("prompt_tokens") or self.prompt_tokens
                 self.tokens = usage.get("completion_tokens") or self.tokens

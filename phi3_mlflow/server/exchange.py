@@ -19,7 +19,7 @@ from typing import Any
 from starlette.requests import Request
 
 from phi3_mlflow.server.admission import Admission
-from phi3_mlflow.server.backend import Part, Reply
+from phi3_mlflow.server.backend import BackendPart, BackendReply
 from phi3_mlflow.server.errors import ApiError
 from phi3_mlflow.server.holder import Loaded
 from phi3_mlflow.server.metrics import Metrics
@@ -232,10 +232,10 @@ class Exchange:
         self._done(figures)
 
     def answer_with(self, wanted: Any) -> Callable[[Callable[[Any], None]], None]:
-        """The work of answering a request that the backend has parsed: a `Reply`, then `Part`s."""
+        """Return the work of answering a parsed request: hands over a reply, then its parts."""
 
         def work(hand_over: Callable[[Any], None]) -> None:
-            reply: Reply = self._loaded.backend.begin(wanted)
+            reply: BackendReply = self._loaded.backend.begin(wanted)
             hand_over(reply)
             parts = reply.parts()
             try:
@@ -252,7 +252,7 @@ class Exchange:
 
         return work
 
-    def _count(self, reply: Reply, part: Part) -> None:
+    def _count(self, reply: BackendReply, part: BackendPart) -> None:
         now = time.perf_counter() - self._began
         if self.figures.first_s is None and part.tokens:
             self.figures.first_s = now

@@ -202,12 +202,12 @@ class Answer:
     ) -> dict[str, Any]:
         """The whole answer from (text, finish reason, log probabilities) of each choice."""
         shaped = []
-        for index, (text, reason, logprobs) in enumerate(choices):
+        for index, (text, reason, tokens) in enumerate(choices):
             self._offset = 0
             said: dict[str, Any] = {"text": text}
             if self._chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            logprobs = self._shaped_logprobs(logprobs) if self._logprobs else None
+            logprobs = self._shaped_logprobs(tokens) if self._logprobs else None
             shaped.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head, "choices": shaped, "usage": usage(prompt, made)}
 

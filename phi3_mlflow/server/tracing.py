@@ -26,7 +26,7 @@ class Tracer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
         self._pending = 0
         if trace != "off":
-            from phi3_mlflow.tracking.runs import connect
+            from phi3_mlflow.tracking.connection import connect
 
             connect()
 

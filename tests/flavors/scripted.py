@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from phi3_mlflow.runtime.answerer import Answerer, ModelConfig
+from phi3_mlflow.runtime.answerer import Answerer
+from phi3_mlflow.runtime.fair_lock import FairLock
+from phi3_mlflow.runtime.model_config import ModelConfig
 from phi3_mlflow.runtime.python_model import ChatPythonModel
 from phi3_mlflow.runtime.request import RequestError
-from phi3_mlflow.runtime.fair_lock import FairLock
 
 END = 1
 

@@ -17,13 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi3_mlflow.flavors.onnx import log_onnx, rope_switch
-from phi3_mlflow.runtime.answerer import Answerer, ModelConfig, onnx_engine
-from phi3_mlflow.runtime.engine import Session, EngineSettings, cuts
-from phi3_mlflow.runtime.engine_batch import BatchEngine, BatchSession
-from phi3_mlflow.runtime.engine_genai import GenaiEngine, GenaiSession
-from phi3_mlflow.runtime.python_model import ChatPythonModel
-from phi3_mlflow.runtime.live import Abandoned, abandoned_by
+from phi3_mlflow.runtime.answerer import Answerer
 from phi3_mlflow.runtime.batch_graph import BatchGraph
+from phi3_mlflow.runtime.cancellation import Abandoned, abandoned_by
+from phi3_mlflow.runtime.engine import EngineSettings, Session, cuts
+from phi3_mlflow.runtime.engine_batch import BatchEngine
+from phi3_mlflow.runtime.engine_genai import GenaiEngine, GenaiSession
+from phi3_mlflow.runtime.engines import onnx_engine
+from phi3_mlflow.runtime.model_config import ModelConfig
+from phi3_mlflow.runtime.python_model import ChatPythonModel
+from phi3_mlflow.runtime.scheduler import BatchSession
 from tests.flavors.conftest import CONTEXT, exported
 from tests.flavors.test_engines import CLOSE, _reference, _tokens
 
@@ -50,7 +53,7 @@ def engine(checkpoint: Path) -> BatchEngine:
 @pytest.fixture
 def front(engine: BatchEngine) -> Iterator[ChatPythonModel]:
     yield _front(engine)
-    assert not any(engine._scheduler._rows), "a row was not given back"
+    assert not any(engine._scheduler._slots), "a row was not given back"
 
 
 def _ask(text: str, tokens: int = 12, **more: Any) -> dict[str, Any]:
@@ -224,14 +227,16 @@ def test_the_context_can_be_filled_to_the_last_token(checkpoint: Path, more: int
     front = _front(engine)
     assert front.answerer is not None
     wanted = front.live().parse(_ask("x" * (40 + more)))
-    used = len(front.answerer.prepare(wanted)[0])
+    used = len(front.answerer.prepare(wanted).tokens)
     asked = _ask("x" * (40 + more), 96 - used, temperature=1.0)
     for answer in front.predict(None, [{**asked, "seed": seed} for seed in range(ROWS)]):
         assert answer["usage"]["total_tokens"] <= 96
-    assert not any(engine._scheduler._rows)
+    assert not any(engine._scheduler._slots)
 
 
-def test_a_client_that_leaves_gives_its_row_back(engine: BatchEngine, front: ChatPythonModel) -> None:
+def test_a_client_that_leaves_gives_its_row_back(
+    engine: BatchEngine, front: ChatPythonModel
+) -> None:
     left = threading.Event()
     with abandoned_by(left):
         parts = front.live().begin(front.live().parse(_ask("hello", 500))).parts()
@@ -239,7 +244,7 @@ def test_a_client_that_leaves_gives_its_row_back(engine: BatchEngine, front: Cha
         left.set()
         with pytest.raises(Abandoned):
             list(parts)
-    assert not any(engine._scheduler._rows)
+    assert not any(engine._scheduler._slots)
     assert front.live().kept_bytes() > 0, "what was computed stays good"
 
 
@@ -286,8 +291,8 @@ def test_the_memory_of_a_row_is_given_back(engine: BatchEngine) -> None:
     session = engine.open(CONTEXT)
     session.extend(_tokens(3000))
     assert isinstance(session, BatchSession)
-    assert session.row is not None
-    row = session.row
+    assert session.slot is not None
+    row = session.slot
     assert any(memory.array[row].any() for memory in graph._memory)
     session.rest(0)
     page = 4096 // 4  # floats; a page that is shared with the next row stays

@@ -75,7 +75,7 @@ def test_the_image_is_a_slim_python_that_needs_no_repository(image: tuple[str, P
 def test_what_is_copied_is_whole_and_stands_alone(image: tuple[str, Path]) -> None:
     flavor, folder = image
     model = _copied(folder)
-    assert (model / "runtime" / "front.py").is_file()
+    assert (model / "runtime" / "python_model.py").is_file()
     assert list(model.rglob("*.onnx" if flavor == "onnx" else "*.safetensors"))
     code = [*model.glob("*.py"), *(model / "runtime").glob("*.py")]
     assert not any("import phi3_mlflow" in f.read_text() for f in code)

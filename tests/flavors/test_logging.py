@@ -25,8 +25,8 @@ from mlflow.types.llm import (
 )
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.bundle import requirements
+from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.transformers import log_transformers
 from phi3_mlflow.runtime.engine import LEAST_PIECE
 

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from phi3_mlflow.runtime.answerer import ModelConfig
 from phi3_mlflow.runtime.engine import cuts
-from phi3_mlflow.runtime.request import RequestError
 from phi3_mlflow.runtime.fair_lock import FairLock
+from phi3_mlflow.runtime.model_config import ModelConfig
+from phi3_mlflow.runtime.request import RequestError
 from tests.flavors.scripted import ScriptedEngine, front
 
 
@@ -94,7 +94,7 @@ def test_a_mistake_in_one_row_is_found_before_any_is_answered() -> None:
     assert engine.opened == 0
 
 
-def test_the_context_bounds_prompt_and_answer_scheduler() -> None:
+def test_the_context_bounds_prompt_and_answer_together() -> None:
     model = front(ScriptedEngine(), max_tokens=150)
     room = 200 - len("uQuestion?") - 1
     answer = model.predict(None, _ask(max_tokens=room))
@@ -219,8 +219,8 @@ def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
     assert started.wait(10)
     short.start()
     assert model.answerer is not None
-    turns: FairLock = model.answerer._turns
-    while not turns._waiting:  # the short request stands in line
+    lock: FairLock = model.answerer._lock
+    while not lock._waiting:  # the short request stands in line
         short.join(0.001)
     go.set()
     short.join(10)
@@ -231,14 +231,14 @@ def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
 
 
 def test_turns_go_to_the_one_who_waited_longest_and_survive_errors() -> None:
-    turns, order, ready = FairLock(), [], []
-    with turns:
+    lock, order, ready = FairLock(), [], []
+    with lock:
         for name in range(4):
             gate = threading.Event()
 
             def run(name: int = name, gate: threading.Event = gate) -> None:
                 gate.set()
-                with turns:
+                with lock:
                     order.append(name)
                     if name == 1:
                         raise KeyError(name)
@@ -250,13 +250,13 @@ def test_turns_go_to_the_one_who_waited_longest_and_survive_errors() -> None:
             thread = threading.Thread(target=guarded)
             thread.start()
             gate.wait(10)
-            while len(turns._waiting) <= name:
+            while len(lock._waiting) <= name:
                 thread.join(0.001)
             ready.append(thread)
     for thread in ready:
         thread.join(10)
     assert order == [0, 1, 2, 3]
-    with turns:
+    with lock:
         order.append(4)
 
 

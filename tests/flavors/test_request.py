@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3_mlflow.runtime.request import (
-    SamplingDefaults,
     RequestError,
+    SamplingDefaults,
     parse_chat,
     parse_prompt,
     rows,

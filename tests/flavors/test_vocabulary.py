@@ -61,7 +61,7 @@ def test_sentencepiece_tokens_read_as_tokenizers_reads_them(pieces: Path, ids: l
     assert _text(Vocabulary(pieces), ids) == reference.decode(ids)
 
 
-def test_bytes_of_a_character_come_scheduler(pieces: Path) -> None:
+def test_bytes_of_a_character_come_together(pieces: Path) -> None:
     decode = Vocabulary(pieces).decoder()
     assert [decode(byte + 1) for byte in "😀".encode()] == ["", "", "", "😀"]
     assert decode(0xF0 + 1) == ""
