@@ -24,11 +24,13 @@ from typing import Any
 from _result import write_result
 from chat_common import store
 
+from phi3_mlflow.core.machine import usable_cores
 from phi3_mlflow.flavors.onnx import log_onnx
-from phi3_mlflow.scoring.local import Batch, LocalEngine, cores
-from phi3_mlflow.scoring.score import Engine, inspect
+from phi3_mlflow.scoring.local import Batch, LocalEngine
+from phi3_mlflow.scoring.model import inspect_model
+from phi3_mlflow.scoring.score import Engine
 from phi3_mlflow.scoring.spark import SparkEngine
-from phi3_mlflow.scoring.worker import Ask
+from phi3_mlflow.scoring.worker import WorkerSettings
 
 TOGETHER = 8
 BATCH = 16
@@ -130,15 +132,15 @@ def main() -> None:
     with store(), tempfile.TemporaryDirectory() as folder:
         uri = log_onnx(wanted.onnx, name="model").model_uri
         options = {"max_tokens": wanted.max_tokens}
-        path = str(inspect(uri).path)
+        path = str(inspect_model(uri).path)
 
-        def ask(threads: int, batch: int) -> Ask:
-            return Ask(
+        def ask(threads: int, batch: int) -> WorkerSettings:
+            return WorkerSettings(
                 path, threads, prompts=False, seeded=True, options=options, seed=1, batch=batch
             )
 
         def local(workers: int, batch: int = TOGETHER) -> Any:
-            mine = ask(max(1, cores() // workers), batch)
+            mine = ask(max(1, usable_cores() // workers), batch)
             return by_engine(lambda: LocalEngine(mine, workers), asked, workers)
 
         def spark(workers: int) -> Any:
@@ -187,7 +189,8 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
         ["way", "rows/s", "ratio", "same texts"],
         rows,
         notes=f"{wanted.rows} rows with a system prompt in common, up to {wanted.max_tokens} new "
-        f"tokens, {cores()} cores; loading not counted; the ways take turns, best of {rounds}. "
+        f"tokens, {usable_cores()} cores; loading not counted; the ways take turns, best of "
+        f"{rounds}. "
         f"Workers compute {TOGETHER} rows together, or one after the other (in turns). 'Same "
         "texts': as predict for those in turns, as one worker for the others. Spark: a standalone "
         "master on the same machine.",

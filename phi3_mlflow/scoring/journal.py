@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from phi3_mlflow.core.errors import UserError, problem_list
-from phi3_mlflow.scoring.rows import Result
+from phi3_mlflow.scoring.requests import Result
 
 FORMAT = 1
 _ABSENT = -1

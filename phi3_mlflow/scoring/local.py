@@ -19,12 +19,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from phi3_mlflow.core.errors import EnvironmentProblem
-from phi3_mlflow.scoring.rows import Result
-from phi3_mlflow.scoring.worker import Ask, score
+from phi3_mlflow.core.machine import available_memory, usable_cores
+from phi3_mlflow.scoring.requests import Result
+from phi3_mlflow.scoring.worker import WorkerSettings, answer_batch
 
 Batch = list[tuple[int, str]]
 """Index and request, as JSON, of each row."""
-Scored = list[tuple[int, Result]]
+BatchResults = list[tuple[int, Result]]
 
 MOST_WORKERS = 4
 _MOST_DEATHS = 3  # one after the other: it is not the rows, then
@@ -43,21 +44,21 @@ class LocalEngine:
     """Answers batches with worker processes.
 
     Args:
-        ask: which model, and how.
+        settings: which model, and how it is asked.
         workers: how many processes.
     """
 
-    def __init__(self, ask: Ask, workers: int) -> None:
-        self._ask = ask
+    def __init__(self, settings: WorkerSettings, workers: int) -> None:
+        self._settings = settings
         self._wanted = workers
         self._workers: list[_Worker] = []
         self._deaths = 0  # since the last answer
         self.models_loaded = 0
 
-    def run(self, batches: Iterator[Batch]) -> Generator[Scored, None, None]:
+    def run(self, batches: Iterator[Batch]) -> Generator[BatchResults, None, None]:
         """Score batches; their results come in the order in which they are ready.
 
-        A worker that dies over a batch is replaced, and the batch is done again a row at a time:
+        A worker that dies over a batch is replaced, and the batch is done again one row at a time:
         the row that kills its worker a second time, alone, has that as its error.
 
         Raises:
@@ -102,26 +103,28 @@ class LocalEngine:
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._ask), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self._settings), daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
         return worker
 
-    def _take(self, worker: _Worker, waiting: deque[Batch]) -> Scored | None:
+    def _take(self, worker: _Worker, waiting: deque[Batch]) -> BatchResults | None:
         try:
             values, fresh = worker.pipe.recv()
         except (EOFError, ConnectionError):
             return self._bury(worker, waiting)
         if isinstance(values, BaseException):
-            raise EnvironmentProblem(f"{self._ask.model} cannot be loaded: {values}") from values
+            raise EnvironmentProblem(
+                f"{self._settings.model} cannot be loaded: {values}"
+            ) from values
         self.models_loaded += fresh
         self._deaths = 0
         done, worker.batch = worker.batch, []
         return [(index, Result(*v)) for (index, _), v in zip(done, values, strict=True)]
 
-    def _bury(self, worker: _Worker, waiting: deque[Batch]) -> Scored | None:
+    def _bury(self, worker: _Worker, waiting: deque[Batch]) -> BatchResults | None:
         worker.process.join()
         self._workers.remove(worker)
         self._deaths += 1
@@ -137,14 +140,14 @@ class LocalEngine:
         return None
 
 
-def _work(pipe: Connection, ask: Ask) -> None:
+def _work(pipe: Connection, settings: WorkerSettings) -> None:
     """What a worker process does until its parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             batch = pipe.recv()
             try:
-                pipe.send(score(ask, batch))
+                pipe.send(answer_batch(settings, batch))
             except ConnectionError:
                 return
             except Exception as error:  # of loading: a row's own end in its result
@@ -161,18 +164,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def fitting_workers(model: Path) -> int:
-    """How many workers this machine takes: one a core up to four, as far as memory allows.
+    """How many workers this machine takes: one per core up to four, as far as memory allows.
 
     A worker is counted with twice the model's size: runtimes repack the weights.
     """
-    import psutil
-
+    workers = min(usable_cores(), MOST_WORKERS)
+    memory = available_memory()
+    if memory is None:
+        return workers
     size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
-    room = psutil.virtual_memory().available * _MEMORY_SHARE
-    return max(1, min(cores(), MOST_WORKERS, int(room // (2 * size + _PROCESS_BYTES))))
+    return max(1, min(workers, int(memory * _MEMORY_SHARE // (2 * size + _PROCESS_BYTES))))

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
-from phi3_mlflow.scoring.local import Batch, Scored
-from phi3_mlflow.scoring.rows import COLUMNS, Result
-from phi3_mlflow.scoring.worker import Ask, score
+from phi3_mlflow.core.machine import usable_cores
+from phi3_mlflow.scoring.local import Batch, BatchResults
+from phi3_mlflow.scoring.requests import COLUMNS, Result
+from phi3_mlflow.scoring.worker import WorkerSettings, answer_batch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SCHEMA = (
@@ -37,19 +38,20 @@ class SparkEngine:
     """Answers batches on Apache Spark.
 
     Args:
-        ask: which model, and how; its threads are replaced by what a Spark task may use.
+        settings: which model, and how it is asked; its threads are replaced by what a Spark task
+            may use.
         master: `local[N]`, `spark://HOST:PORT` or what else Spark takes.
 
     Raises:
         EnvironmentProblem: pyspark or Java is missing, or the master does not answer.
     """
 
-    def __init__(self, ask: Ask, master: str) -> None:
-        self._ask = ask
+    def __init__(self, settings: WorkerSettings, master: str) -> None:
+        self._settings = settings
         self._master = master
         self.models_loaded = 0
 
-    def run(self, batches: Iterator[Batch]) -> Generator[Scored, None, None]:
+    def run(self, batches: Iterator[Batch]) -> Generator[BatchResults, None, None]:
         """Score batches; their results come in the order in which they are ready."""
         _check_installation()
         _check_reachable(self._master)
@@ -60,17 +62,19 @@ class SparkEngine:
             finally:
                 session.stop()
 
-    def _run(self, session: Any, batches: Iterator[Batch], folder: Path) -> Iterator[Scored]:
+    def _run(self, session: Any, batches: Iterator[Batch], folder: Path) -> Iterator[BatchResults]:
         context = session.sparkContext
         context.addPyFile(str(_packed_code(folder)))
-        ask = replace(self._ask, threads=int(context.getConf().get("spark.task.cpus", "1")))
+        settings = replace(
+            self._settings, threads=int(context.getConf().get("spark.task.cpus", "1"))
+        )
         local = self._master.startswith("local")
         if local:
-            cores = max(1, len(os.sched_getaffinity(0)) // context.defaultParallelism)
-            ask = replace(ask, threads=max(ask.threads, cores))
+            cores = max(1, usable_cores() // context.defaultParallelism)
+            settings = replace(settings, threads=max(settings.threads, cores))
         else:
-            context.addArchive(f"{_packed_model(Path(ask.model), folder)}#{_ARCHIVE}")
-        do = _task(ask, shipped=not local)
+            context.addArchive(f"{_packed_model(Path(settings.model), folder)}#{_ARCHIVE}")
+        do = _task(settings, shipped=not local)
         running: set[Future[list[Any]]] = set()
         with ThreadPoolExecutor(max_workers=256) as pool:
             try:
@@ -89,7 +93,7 @@ class SparkEngine:
                 context.cancelAllJobs()
                 raise
 
-    def _scored(self, future: Future[list[Any]]) -> Scored:
+    def _scored(self, future: Future[list[Any]]) -> BatchResults:
         try:
             rows = future.result()
         except Exception as error:
@@ -108,17 +112,19 @@ def _job(session: Any, batch: Batch, do: Callable[[Any], Any]) -> list[Any]:
     return rows
 
 
-def _task(ask: Ask, shipped: bool) -> Callable[[Iterator[Any]], Iterator[Any]]:
+def _task(settings: WorkerSettings, shipped: bool) -> Callable[[Iterator[Any]], Iterator[Any]]:
     """What an executor does with the rows of a batch."""
 
     def do(frames: Iterator[Any]) -> Iterator[Any]:
         import pandas
         from pyspark import SparkFiles
 
-        mine = replace(ask, model=_unpacked(SparkFiles.get(_ARCHIVE))) if shipped else ask
+        mine = settings
+        if shipped:
+            mine = replace(settings, model=_unpacked(SparkFiles.get(_ARCHIVE)))
         for frame in frames:
             batch = list(zip(frame["index"].tolist(), frame["request"].tolist(), strict=True))
-            values, fresh = score(mine, batch)
+            values, fresh = answer_batch(mine, batch)
             rows = [[index, *v, fresh] for (index, _), v in zip(batch, values, strict=True)]
             # As objects: a column of tokens with a gap would become one of floats.
             yield pandas.DataFrame(rows, columns=["index", *COLUMNS, "fresh"], dtype=object)

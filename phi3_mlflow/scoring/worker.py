@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Values = list[Any]
-"""`[response, finish_reason, prompt_tokens, completion_tokens, error]`, as `rows.Result` has it."""
+"""`[response, finish_reason, prompt_tokens, completion_tokens, error]`, the fields of `Result`."""
 
 _ERROR_LIMIT = 2000  # characters
 
 
 @dataclass(frozen=True)
-class Ask:
+class WorkerSettings:
     """How a model is loaded and asked; plain values, so that it travels to any process.
 
     Attributes:
@@ -43,10 +43,14 @@ class Ask:
     batch: int = 1
 
 
-class Scorer:
-    """A loaded model."""
+class LoadedModel:
+    """The model of a worker process.
 
-    def __init__(self, ask: Ask) -> None:
+    Attributes:
+        together: how many rows it computes at once.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
         # MLflow's message for a request outside its schema would repeat the whole request.
         os.environ["MLFLOW_DISABLE_SCHEMA_DETAILS"] = "true"
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -54,9 +58,9 @@ class Scorer:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        self._ask = ask
-        config = {"threads": ask.threads, "batch": ask.batch}
-        self._model = mlflow.pyfunc.load_model(ask.model, model_config=config)
+        self._settings = settings
+        config = {"threads": settings.threads, "batch": settings.batch}
+        self._model = mlflow.pyfunc.load_model(settings.model, model_config=config)
         self.together = _together(self._model)
 
     def answer(self, index: int, request: dict[str, Any]) -> Values:
@@ -68,12 +72,12 @@ class Scorer:
             return [None, None, None, None, message[:_ERROR_LIMIT]]
 
     def _answer(self, index: int, request: dict[str, Any]) -> Values:
-        ask = self._ask
-        params = {"seed": row_seed(ask.seed, index)} if ask.seeded else {}
-        if ask.prompts:
-            text = self._model.predict(request, params={**ask.options, **params})
+        settings = self._settings
+        params = {"seed": row_seed(settings.seed, index)} if settings.seeded else {}
+        if settings.prompts:
+            text = self._model.predict(request, params={**settings.options, **params})
             return [text, None, None, None, None]
-        answer = self._model.predict({**request, **ask.options}, params=params or None)
+        answer = self._model.predict({**request, **settings.options}, params=params or None)
         if isinstance(answer, list):  # as MLflow's own wrapper of transformers gives it
             answer = answer[0]
         choice, usage = answer["choices"][0], answer.get("usage") or {}
@@ -102,30 +106,32 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-_loaded: dict[str, Scorer] = {}
+_loaded: dict[str, LoadedModel] = {}
 
 
-def scorer(ask: Ask) -> tuple[Scorer, bool]:
+def loaded_model(settings: WorkerSettings) -> tuple[LoadedModel, bool]:
     """The model of this process, and whether this call had to load it."""
-    key = repr(ask)
+    key = repr(settings)
     if found := _loaded.get(key):
         return found, False
     _loaded.clear()  # a worker that serves another run does not keep both models
-    _loaded[key] = Scorer(ask)
+    _loaded[key] = LoadedModel(settings)
     return _loaded[key], True
 
 
-def score(ask: Ask, batch: Sequence[tuple[int, str]]) -> tuple[list[Values], bool]:
+def answer_batch(
+    settings: WorkerSettings, batch: Sequence[tuple[int, str]]
+) -> tuple[list[Values], bool]:
     """Answer a batch.
 
     Args:
-        ask: which model, and how.
+        settings: which model, and how it is asked.
         batch: index and request, as JSON, of each row.
 
     Returns:
         Each row's values, and whether the model was loaded for it.
     """
-    model, fresh = scorer(ask)
+    model, fresh = loaded_model(settings)
 
     def answer(row: tuple[int, str]) -> Values:
         return model.answer(row[0], json.loads(row[1]))

@@ -18,7 +18,8 @@ from typing import Any
 
 from phi3_mlflow.scoring import journal as journals
 from phi3_mlflow.scoring import score as scoring
-from phi3_mlflow.scoring.rows import Result
+from phi3_mlflow.scoring.job import ScoringJob
+from phi3_mlflow.scoring.requests import Result
 
 
 class EchoEngine:
@@ -83,8 +84,8 @@ def aim(moment: str) -> None:
 if __name__ == "__main__":
     given, wanted, when = sys.argv[1:]
     engine = EchoEngine()
-    scoring.inspect = lambda uri: scoring.Model(Path(), uri, False, True)
+    scoring.inspect_model = lambda uri: scoring.ScoredModel(Path(), uri, False, True)
     scoring._engine = lambda *_: engine
     aim(when)
-    scoring.score(scoring.Order(Path(given), Path(wanted), "models:/x/1", batch_size=3))
+    scoring.score(ScoringJob(Path(given), Path(wanted), "models:/x/1", batch_size=3))
     print(" ".join(map(str, engine.asked)))

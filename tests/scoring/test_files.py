@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.scoring import files
-from phi3_mlflow.scoring.files import open_rows
-from phi3_mlflow.scoring.rows import COLUMNS, Result
+from phi3_mlflow.rows import lines
+from phi3_mlflow.scoring.files import open_scored
+from phi3_mlflow.scoring.requests import COLUMNS, Result
 from tests.scoring.conftest import read_jsonl, write_jsonl
 
 ANSWER = Result("yes", "stop", 7, 1)
@@ -25,7 +25,7 @@ ASKED = {"messages": [{"role": "user", "content": "Hi"}]}
 
 def written(file: Path, result: Any = lambda index: ANSWER) -> Path:
     out = file.with_name(f"out{file.suffix}")
-    open_rows(file).write(out, result)
+    open_scored(file).write(out, result)
     return out
 
 
@@ -69,13 +69,13 @@ def test_a_bad_line_is_a_row_with_an_error_between_good_ones(
     line: bytes, words: str, tmp_path: Path
 ) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}, line, ASKED])
-    source = open_rows(file)
+    source = open_scored(file)
     source.check_columns()
-    rows = list(source.rows())
+    rows = list(source.requests())
     assert [row.error is None for row in rows] == [True, False, True]
     assert [row.index for row in rows] == [0, 1, 2]
     assert words in rows[1].error
-    assert rows[2].request == ASKED
+    assert rows[2].body == ASKED
     assert len(rows[1].error) < 500
     answers = read_jsonl(written(file, lambda i: Result(error=rows[i].error) if i == 1 else ANSWER))
     assert [row["error"] for row in answers] == [row.error for row in rows]
@@ -84,17 +84,17 @@ def test_a_bad_line_is_a_row_with_an_error_between_good_ones(
 def test_a_line_too_long_to_be_a_row_is_never_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     long = json.dumps({"prompt": "x" * 5000})
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}, long, {"prompt": "b"}])
-    rows = list(open_rows(file).rows())
-    assert [row.request for row in rows] == [{"prompt": "a"}, None, {"prompt": "b"}]
+    rows = list(open_scored(file).requests())
+    assert [row.body for row in rows] == [{"prompt": "a"}, None, {"prompt": "b"}]
     assert rows[1].error == "line 2: longer than 1,000 bytes"
     assert read_jsonl(written(file))[1]["line"] == 2
     table = tmp_path / "in.csv"
     table.write_text(f'prompt\na\n"{"x" * 5000}"\n')
     with pytest.raises(UserError, match="line 3 is longer than 1,000 bytes"):
-        open_rows(table).check_columns()
+        open_scored(table).check_columns()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_scored_is_refused(
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(UserError) as refused:
-        open_rows(file).check_columns()
+        open_scored(file).check_columns()
     assert words in str(refused.value)
 
 
@@ -131,7 +131,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name in ("none.jsonl", "folder.csv"):
         with pytest.raises(UserError, match="no such file"):
-            open_rows(tmp_path / name)
+            open_scored(tmp_path / name)
 
 
 def test_csv_cells_are_kept_and_bad_rows_carry_their_error(tmp_path: Path) -> None:
@@ -140,11 +140,11 @@ def test_csv_cells_are_kept_and_bad_rows_carry_their_error(tmp_path: Path) -> No
         b'id,prompt,messages\r\n1,"two\r\nlines, and ""quotes""",\r\n\r\n2,a\r\n3,\xff,\r\n'
         b'4,,"[{""role"": ""user"", ""content"": ""Hi""}]"\r\n5,a,,surplus\r\n'
     )
-    source = open_rows(file)
+    source = open_scored(file)
     source.check_columns()
-    rows = list(source.rows())
-    assert rows[0].request == {"prompt": 'two\r\nlines, and "quotes"'}
-    assert rows[3].request == ASKED
+    rows = list(source.requests())
+    assert rows[0].body == {"prompt": 'two\r\nlines, and "quotes"'}
+    assert rows[3].body == ASKED
     assert [row.error for row in rows] == [
         None,
         "line 5: 2 cells where the header has 3",
@@ -177,10 +177,10 @@ def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
         {"messages": None, "prompt": None, "day": None, "price": None},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
-    source = open_rows(file)
+    source = open_scored(file)
     source.check_columns()
-    found = list(source.rows())
-    assert [row.request for row in found] == [ASKED, {"prompt": "a"}, None]
+    found = list(source.requests())
+    assert [row.body for row in found] == [ASKED, {"prompt": "a"}, None]
     assert found[2].error == "row 3: has neither a prompt nor messages"
     results = [ANSWER, ANSWER, Result(error=found[2].error)]
     table = pyarrow.parquet.read_table(written(file, results.__getitem__))
@@ -210,7 +210,7 @@ def test_any_jsonl_row_comes_back_with_its_answer(
     file = tmp_path_factory.mktemp("rows") / "in.jsonl"
     rows = [{**row, "prompt": f"p{at}"} for at, row in enumerate(rows)]
     write_jsonl(file, [json.dumps(row, ensure_ascii=at % 2 == 0) for at, row in enumerate(rows)])
-    assert [row.request for row in open_rows(file).rows()] == [
+    assert [row.body for row in open_scored(file).requests()] == [
         {"prompt": row["prompt"]} for row in rows
     ]
     out = written(file, lambda index: Result(answers[index]))
@@ -230,9 +230,9 @@ def test_any_csv_row_comes_back_with_its_answer(
     file = tmp_path_factory.mktemp("rows") / "in.csv"
     with file.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([("prompt", "other"), *rows])
-    source = open_rows(file)
+    source = open_scored(file)
     source.check_columns()
-    assert [row.request for row in source.rows()] == [{"prompt": prompt} for prompt, _ in rows]
+    assert [row.body for row in source.requests()] == [{"prompt": prompt} for prompt, _ in rows]
     with written(file).open(encoding="utf-8", newline="") as stream:
         table = list(csv.reader(stream))[1:]
     assert [tuple(line[:2]) for line in table] == rows

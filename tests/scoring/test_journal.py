@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.scoring.journal import Journal
-from phi3_mlflow.scoring.rows import Result
+from phi3_mlflow.scoring.requests import Result
 
 HEADER = {"input_sha256": "aa", "model": "m", "max_tokens": None, "seed": 5}
 

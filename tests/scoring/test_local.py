@@ -17,9 +17,11 @@ import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.flavors.bundle import signature
+from phi3_mlflow.scoring.job import ScoringJob
 from phi3_mlflow.scoring.local import LocalEngine
-from phi3_mlflow.scoring.score import Order, inspect, score
-from phi3_mlflow.scoring.worker import Ask, row_seed
+from phi3_mlflow.scoring.model import inspect_model
+from phi3_mlflow.scoring.score import score
+from phi3_mlflow.scoring.worker import WorkerSettings, row_seed
 from tests.scoring.conftest import Models, questions, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -32,7 +34,7 @@ def asking(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def deadly(tmp_path_factory: pytest.TempPathFactory) -> Ask:
+def deadly(tmp_path_factory: pytest.TempPathFactory) -> WorkerSettings:
     folder = tmp_path_factory.mktemp("deadly") / "model"
     mlflow.pyfunc.save_model(
         folder,
@@ -40,10 +42,12 @@ def deadly(tmp_path_factory: pytest.TempPathFactory) -> Ask:
         signature=signature("chat"),
         pip_requirements=["mlflow"],
     )
-    return Ask(str(folder), 1, prompts=False, seeded=True, options={}, seed=0)
+    return WorkerSettings(str(folder), 1, prompts=False, seeded=True, options={}, seed=0)
 
 
-def test_a_row_that_kills_its_worker_is_an_error_and_the_others_are_answered(deadly: Ask) -> None:
+def test_a_row_that_kills_its_worker_is_an_error_and_the_others_are_answered(
+    deadly: WorkerSettings,
+) -> None:
     texts = ["a", "die", "b", "raise", "c", "d"]
     engine = LocalEngine(deadly, 1)
     rows = [(index, asking(text)) for index, text in enumerate(texts)]
@@ -55,7 +59,7 @@ def test_a_row_that_kills_its_worker_is_an_error_and_the_others_are_answered(dea
     assert not multiprocessing.active_children()
 
 
-def test_each_worker_loads_one_model_and_all_end(deadly: Ask) -> None:
+def test_each_worker_loads_one_model_and_all_end(deadly: WorkerSettings) -> None:
     engine = LocalEngine(deadly, 2)
     batches = [[(index, asking("a"))] for index in range(40)]
     processes = set()
@@ -67,7 +71,7 @@ def test_each_worker_loads_one_model_and_all_end(deadly: Ask) -> None:
     assert not any(map(psutil.pid_exists, processes))
 
 
-def test_workers_that_die_over_every_row_stop_the_work(deadly: Ask) -> None:
+def test_workers_that_die_over_every_row_stop_the_work(deadly: WorkerSettings) -> None:
     batches = [[(9, asking("first"))], [(index, asking("die")) for index in range(8)]]
     running = LocalEngine(deadly, 1).run(iter(batches))
     assert [next(running)[0][0] for _ in range(3)] == [9, 0, 1]
@@ -77,7 +81,7 @@ def test_workers_that_die_over_every_row_stop_the_work(deadly: Ask) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_work(tmp_path: Path) -> None:
-    ask = Ask(str(tmp_path / "none"), 1, False, True, {}, 0)
+    ask = WorkerSettings(str(tmp_path / "none"), 1, False, True, {}, 0)
     with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
         list(LocalEngine(ask, 1).run(iter([[(0, asking("a"))]])))
 
@@ -91,7 +95,7 @@ def test_answers_are_those_of_predict_however_many_workers(store: Models, tmp_pa
     file = write_jsonl(tmp_path / "in.jsonl", rows)
     options = {"max_tokens": 12, "temperature": 1.5}
     orders = [
-        Order(file, tmp_path / f"{workers}.jsonl", store.chat, options, 5, workers=workers,
+        ScoringJob(file, tmp_path / f"{workers}.jsonl", store.chat, options, 5, workers=workers,
               batch_size=2)
         for workers in (1, 2)
     ]  # fmt: skip
@@ -122,13 +126,13 @@ def test_the_other_contract_and_flavor_are_scored_too(
 ) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", questions(2))
     uri = getattr(store, which)
-    order = Order(file, tmp_path / "out.jsonl", uri, {"max_tokens": 3}, workers=1)
+    order = ScoringJob(file, tmp_path / "out.jsonl", uri, {"max_tokens": 3}, workers=1)
     assert score(order).failed == 0
     answers = read_jsonl(order.output)
     assert all(isinstance(row["response"], str) for row in answers)
     counted = [row["completion_tokens"] for row in answers]
     assert all(1 <= n <= 3 for n in counted) if which == "transformers" else counted == [None] * 2
-    assert inspect(uri).prompts == (which == "prompt")
+    assert inspect_model(uri).prompts == (which == "prompt")
 
 
 def test_the_step_survives_a_kill_leaves_no_process_and_records_its_run(
@@ -163,7 +167,7 @@ def test_the_step_survives_a_kill_leaves_no_process_and_records_its_run(
     assert (told["rows"], told["failed"]) == ("31", "1")
     assert int(told["resumed"]) > 0
     assert "rows are in out.jsonl.journal already" in done.stderr
-    whole = Order(file, tmp_path / "whole.jsonl", "models:/tiny/1",
+    whole = ScoringJob(file, tmp_path / "whole.jsonl", "models:/tiny/1",
                   {"max_tokens": 32, "temperature": 1.0}, 3, workers=1)  # fmt: skip
     score(whole)
     assert out.read_bytes() == whole.output.read_bytes()

@@ -14,10 +14,12 @@ import pyarrow.parquet
 import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
-from phi3_mlflow.pipeline.step import ROOT
 from phi3_mlflow.scoring import score as scoring
-from phi3_mlflow.scoring.score import Model, Order, Outcome, score
+from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
+from phi3_mlflow.scoring.model import ScoredModel
+from phi3_mlflow.scoring.score import score
 from phi3_mlflow.scoring.worker import row_seed
+from tests.conftest import ROOT
 from tests.scoring.conftest import questions, read_jsonl, write_jsonl
 from tests.scoring.killed import EchoEngine
 
@@ -28,15 +30,15 @@ BAD = ["nonsense", {"id": 9}]
 def engine(monkeypatch: pytest.MonkeyPatch) -> EchoEngine:
     """Answers instead of a model."""
     echo = EchoEngine()
-    monkeypatch.setattr(scoring, "inspect", lambda uri: Model(Path(), uri, False, True))
+    monkeypatch.setattr(scoring, "inspect_model", lambda uri: ScoredModel(Path(), uri, False, True))
     monkeypatch.setattr(scoring, "_engine", lambda *_: echo)
     return echo
 
 
 @pytest.fixture
-def order(tmp_path: Path) -> Order:
+def order(tmp_path: Path) -> ScoringJob:
     file = write_jsonl(tmp_path / "in.jsonl", [*questions(20), *BAD])
-    return Order(file, tmp_path / "out.jsonl", "models:/x/1", batch_size=3)
+    return ScoringJob(file, tmp_path / "out.jsonl", "models:/x/1", batch_size=3)
 
 
 def left_in(folder: Path) -> set[str]:
@@ -47,7 +49,7 @@ FINISHED = {"out.jsonl", "out.jsonl.score.json"}
 
 
 def test_every_row_comes_back_in_order_with_an_answer_or_an_error(
-    engine: EchoEngine, order: Order, tmp_path: Path
+    engine: EchoEngine, order: ScoringJob, tmp_path: Path
 ) -> None:
     outcome = score(order)
     rows = read_jsonl(order.output)
@@ -69,7 +71,7 @@ def test_every_row_comes_back_in_order_with_an_answer_or_an_error(
     ["half:1", "half:2", "half:5", "batch:1", "batch:4", "output", "record", "removal"],
 )
 def test_a_killed_run_is_gone_on_with_and_no_row_is_lost_or_done_twice(
-    moment: str, engine: EchoEngine, order: Order, tmp_path: Path
+    moment: str, engine: EchoEngine, order: ScoringJob, tmp_path: Path
 ) -> None:
     whole = replace(order, output=tmp_path / "whole" / "out.jsonl", seed=7)
     whole.output.parent.mkdir()
@@ -87,7 +89,7 @@ def test_a_killed_run_is_gone_on_with_and_no_row_is_lost_or_done_twice(
 
 
 def test_a_run_stopped_again_and_again_asks_each_row_once(
-    engine: EchoEngine, order: Order, tmp_path: Path
+    engine: EchoEngine, order: ScoringJob, tmp_path: Path
 ) -> None:
     for _ in range(3):
         engine.fail_after = len(engine.asked) + 4
@@ -108,7 +110,7 @@ def test_a_run_stopped_again_and_again_asks_each_row_once(
     ],
 )
 def test_going_on_with_something_else_is_refused(
-    change: dict[str, object], words: str, engine: EchoEngine, order: Order
+    change: dict[str, object], words: str, engine: EchoEngine, order: ScoringJob
 ) -> None:
     order = replace(order, seed=3)
     engine.fail_after = 4
@@ -125,7 +127,7 @@ def test_going_on_with_something_else_is_refused(
 
 
 def test_another_input_is_refused_and_another_batch_size_is_not(
-    engine: EchoEngine, order: Order
+    engine: EchoEngine, order: ScoringJob
 ) -> None:
     engine.fail_after = 4
     with pytest.raises(KeyboardInterrupt):
@@ -140,7 +142,7 @@ def test_another_input_is_refused_and_another_batch_size_is_not(
 
 
 def test_the_same_again_does_nothing_and_something_else_is_refused(
-    engine: EchoEngine, order: Order
+    engine: EchoEngine, order: ScoringJob
 ) -> None:
     first = score(order)
     engine.asked.clear()
@@ -159,7 +161,7 @@ def test_the_same_again_does_nothing_and_something_else_is_refused(
 
 
 def test_an_output_that_cannot_be_is_refused_before_any_work(
-    engine: EchoEngine, order: Order, tmp_path: Path
+    engine: EchoEngine, order: ScoringJob, tmp_path: Path
 ) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for name, words in (
@@ -177,7 +179,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
 
 
 def test_an_input_that_changes_meanwhile_gives_no_output(
-    engine: EchoEngine, order: Order, monkeypatch: pytest.MonkeyPatch
+    engine: EchoEngine, order: ScoringJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = engine.run
 
@@ -198,7 +200,7 @@ def test_the_three_formats_give_the_same_answers(engine: EchoEngine, tmp_path: P
     lines = [f'{row["id"]},"' + row["prompt"].replace('"', '""') + '"' for row in rows]
     (tmp_path / "in.csv").write_text("id,prompt\n" + "\n".join(lines) + "\n")
     for name in ("jsonl", "csv", "parquet"):
-        score(Order(tmp_path / f"in.{name}", tmp_path / f"out.{name}", "models:/x/1"))
+        score(ScoringJob(tmp_path / f"in.{name}", tmp_path / f"out.{name}", "models:/x/1"))
     wanted = [row["response"] for row in read_jsonl(tmp_path / "out.jsonl")]
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert table.column("response").to_pylist() == wanted
@@ -209,9 +211,9 @@ def test_the_three_formats_give_the_same_answers(engine: EchoEngine, tmp_path: P
 
 
 def test_a_model_of_the_prompt_contract_takes_prompts_only(
-    engine: EchoEngine, order: Order, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: EchoEngine, order: ScoringJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scoring, "inspect", lambda uri: Model(Path(), uri, True, True))
+    monkeypatch.setattr(scoring, "inspect_model", lambda uri: ScoredModel(Path(), uri, True, True))
     message = {"messages": [{"role": "user", "content": "Hi"}]}
     write_jsonl(order.input, [{"prompt": "<|user|>Hi"}, message])
     assert score(order).failed == 1
@@ -228,6 +230,6 @@ def test_every_row_has_a_seed_of_its_own() -> None:
 
 
 def test_rates_count_what_was_scored_now() -> None:
-    outcome = Outcome(10, "", resumed=6, seconds=2.0, new_tokens=30, completion_tokens=80)
+    outcome = ScoringSummary(10, "", resumed=6, seconds=2.0, new_tokens=30, completion_tokens=80)
     assert outcome.metrics()["rows_per_second"] == 2
     assert outcome.metrics()["tokens_per_second"] == 15

@@ -10,10 +10,11 @@ import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.scoring import spark
+from phi3_mlflow.scoring.job import ScoringJob
 from phi3_mlflow.scoring.local import LocalEngine
-from phi3_mlflow.scoring.score import Order, score
+from phi3_mlflow.scoring.score import score
 from phi3_mlflow.scoring.spark import SparkEngine
-from phi3_mlflow.scoring.worker import Ask
+from phi3_mlflow.scoring.worker import WorkerSettings
 from tests.fixtures.spark_cluster import spark_is_missing, standalone
 from tests.scoring.conftest import Models, questions, read_jsonl, write_jsonl
 
@@ -30,10 +31,10 @@ def rows(models: Models) -> Path:
 
 
 @pytest.fixture
-def order(store: Models, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
+def order(store: Models, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScoringJob:
     monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
     monkeypatch.setenv("PYSPARK_DRIVER_PYTHON", sys.executable)
-    local = Order(rows, rows.with_name("local.jsonl"), store.chat, OPTIONS, 3, workers=1)
+    local = ScoringJob(rows, rows.with_name("local.jsonl"), store.chat, OPTIONS, 3, workers=1)
     assert score(local).failed == 2  # the second time it is there
     return replace(local, output=tmp_path / "out.jsonl", engine="spark", batch_size=2)
 
@@ -41,7 +42,7 @@ def order(store: Models, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @needs_spark
 @pytest.mark.slow
 def test_spark_goes_on_with_what_the_local_engine_began_and_gives_the_same_bytes(
-    order: Order, rows: Path, monkeypatch: pytest.MonkeyPatch
+    order: ScoringJob, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, count = LocalEngine.run, 0
 
@@ -66,7 +67,7 @@ def test_spark_goes_on_with_what_the_local_engine_began_and_gives_the_same_bytes
 @needs_spark
 @pytest.mark.slow
 def test_a_standalone_master_with_two_workers_loads_two_models_and_gives_the_same_bytes(
-    order: Order, rows: Path, tmp_path: Path
+    order: ScoringJob, rows: Path, tmp_path: Path
 ) -> None:
     with standalone(tmp_path, workers=2) as master:
         outcome = score(replace(order, master=master))
@@ -79,7 +80,7 @@ def test_a_standalone_master_with_two_workers_loads_two_models_and_gives_the_sam
 
 @needs_spark
 def test_a_master_that_is_not_there_is_named() -> None:
-    engine = SparkEngine(Ask("", 1, False, True, {}, 0), "spark://127.0.0.1:1")
+    engine = SparkEngine(WorkerSettings("", 1, False, True, {}, 0), "spark://127.0.0.1:1")
     with pytest.raises(EnvironmentProblem, match=r"spark://127\.0\.0\.1:1 does not answer"):
         list(engine.run(iter([])))
 
@@ -87,7 +88,7 @@ def test_a_master_that_is_not_there_is_named() -> None:
 def test_without_pyspark_or_java_the_message_says_how_to_get_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = SparkEngine(Ask("", 1, False, True, {}, 0), "local[1]")
+    engine = SparkEngine(WorkerSettings("", 1, False, True, {}, 0), "local[1]")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)

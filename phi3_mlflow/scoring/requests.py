@@ -1,17 +1,16 @@
-"""A row on its way through scoring: what is asked, and what came of it."""
+"""What a row of a scored file asks, and what came of it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phi3_mlflow.evaluation.checks import no_constant
-from phi3_mlflow.evaluation.datasets import unique_keys
+from phi3_mlflow.rows.faults import shown
+from phi3_mlflow.rows.strict_json import read_json
 
 INPUT_COLUMNS = ("messages", "prompt")
-_SHOWN = 200  # characters of a user's own text in a message
+"""The columns that hold what is asked; a row has one of them."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Result:
     Attributes:
         response: the answer's text; None for a row that failed.
         finish_reason: `stop` or `length`; None where the model does not say (prompt contract).
-        prompt_tokens, completion_tokens: usage; None where the model does not say.
+        prompt_tokens: tokens of the request; None where the model does not say.
+        completion_tokens: tokens of the answer; None where the model does not say.
         error: why there is no answer; None when there is one.
     """
 
@@ -34,6 +34,7 @@ class Result:
     error: str | None = None
 
     def values(self) -> list[Any]:
+        """The values of the added columns."""
         return [getattr(self, name) for name in COLUMNS]
 
 
@@ -42,39 +43,39 @@ COLUMNS = tuple(Result.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the input.
+class RowRequest:
+    """What one row of the input asks.
 
     Attributes:
         index: its place among the rows, from 0.
-        request: `{"messages": [...]}` or `{"prompt": text}`; None when the row cannot be asked.
+        body: `{"messages": [...]}` or `{"prompt": text}`; None when the row cannot be asked.
         error: why it cannot.
     """
 
     index: int
-    request: dict[str, Any] | None
+    body: dict[str, Any] | None
     error: str | None = None
 
 
-def make_row(index: int, where: str, values: Mapping[str, Any]) -> Row:
-    """Read a row's request.
+def request_of(index: int, where: str, values: Mapping[str, Any]) -> RowRequest:
+    """Read what a row asks.
 
     Args:
         index: of the row.
         where: as in `line 7`, for the message.
-        values: its columns; None, and an empty text in a column, is a value not given.
+        values: its columns; None, and an empty text in a column, is a value that is not given.
     """
     given = {name: values[name] for name in INPUT_COLUMNS if values.get(name) not in (None, "", [])}
     if len(given) > 1:
-        return Row(index, None, f"{where}: has both prompt and messages; give one of them")
+        return RowRequest(index, None, f"{where}: has both prompt and messages; give one of them")
     if not given:
-        return Row(index, None, f"{where}: has neither a prompt nor messages")
+        return RowRequest(index, None, f"{where}: has neither a prompt nor messages")
     name, value = next(iter(given.items()))
     try:
-        request = {name: _messages(value) if name == "messages" else _prompt(value)}
+        body = {name: _messages(value) if name == "messages" else _prompt(value)}
     except ValueError as error:
-        return Row(index, None, f"{where}: {error}")
-    return Row(index, request)
+        return RowRequest(index, None, f"{where}: {error}")
+    return RowRequest(index, body)
 
 
 def _prompt(value: Any) -> str:
@@ -85,7 +86,7 @@ def _prompt(value: Any) -> str:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    """Messages as far as MLflow's schema needs them to be right; the model checks the rest."""
+    """Messages, checked as far as MLflow's schema needs it; the model checks the rest."""
     if isinstance(value, str):
         try:
             value = read_json(value)
@@ -117,18 +118,3 @@ def _check_characters(where: str, text: str) -> None:
         raise ValueError(
             f"{where}: holds a lone surrogate (half a character) at position {error.start}"
         ) from None
-
-
-def read_json(text: str) -> Any:
-    """Strict JSON: no NaN, no key twice in an object.
-
-    Raises:
-        ValueError, RecursionError: it is not.
-    """
-    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, in ASCII, cut."""
-    text = "nothing" if value is None else ascii(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,0 +1,87 @@
+"""The model that scores: where its files are, and what it takes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.scoring.requests import RowRequest
+
+SEED = "seed"
+"""The parameter of a model that takes a seed, and the key of the seed in a journal."""
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """What the model's own files say about it.
+
+    Attributes:
+        path: the folder with its MLmodel file.
+        identity: MLflow's id of it, the same for every copy.
+        prompts: it takes a literal prompt instead of messages.
+        seeded: it takes a seed.
+    """
+
+    path: Path
+    identity: str
+    prompts: bool
+    seeded: bool
+
+    def body(self, request: RowRequest) -> tuple[dict[str, Any], str | None]:
+        """A row's request as the model takes it, and why there is none."""
+        if request.body is None:
+            return {}, request.error
+        if self.prompts:
+            if "prompt" in request.body:
+                return request.body, None
+            return {}, "messages: this model takes a prompt (it was logged with contract prompt)"
+        if "prompt" in request.body:
+            return {"messages": [{"role": "user", "content": request.body["prompt"]}]}, None
+        return request.body, None
+
+
+def inspect_model(model_uri: str) -> ScoredModel:
+    """Find a model's files and what it takes.
+
+    Raises:
+        UserError: it is not there, or takes neither messages nor a prompt.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+        about = mlflow.models.Model.load(str(path))
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"parameter: model_uri = {model_uri!r}: no such model: {str(error)[:300]}"
+        ) from error
+    inputs, parameters = about.get_input_schema(), about.get_params_schema()
+    names = inputs.input_names() if inputs is not None and inputs.has_input_names() else []
+    if "messages" not in names and names != ["prompt"]:
+        raise UserError(
+            f"parameter: model_uri = {model_uri!r}: the model takes neither messages nor a prompt, "
+            f"but {', '.join(names) or 'what its signature does not say'}"
+        )
+    seeded = parameters is not None and any(spec.name == SEED for spec in parameters.params)
+    return ScoredModel(path, str(about.model_uuid), "messages" not in names, seeded)
+
+
+@contextmanager
+def temporary_downloads() -> Iterator[None]:
+    """Let MLflow download into a folder that goes away: it leaves its copies in the system's.
+
+    A model in a store on this machine is not copied, and stays where it is.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-score-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
