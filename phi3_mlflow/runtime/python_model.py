@@ -92,7 +92,7 @@ class ChatPythonModel(PythonModel):
         parse = request.parse_prompt if self._contract == "prompt" else request.parse_chat
         defaults = SamplingDefaults(answerer.config.temperature, answerer.config.top_p)
         given = {key: value for key, value in (params or {}).items() if value is not None}
-        found = request.rows(model_input)
+        found = request.input_rows(model_input)
         if not found:
             raise RequestError(["request: there is none in the input"])
         parsed: list[GenerationRequest] = []

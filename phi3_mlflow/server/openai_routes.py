@@ -10,12 +10,15 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from phi3_mlflow.runtime.answer import AnswerBuilder, Choice, TokenLogprob
+from phi3_mlflow.runtime.openai_request import chat_row, completion_row
+from phi3_mlflow.server.backend import BackendPart, BackendReply
 from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange, RequestStats
 from phi3_mlflow.server.guard import json_only, log_failure, read_body
 from phi3_mlflow.server.holder import Loaded
-from phi3_mlflow.server.protocol import Answer, ChatRequest, TextRequest, parse
+from phi3_mlflow.server.protocol import read_envelope
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Kind = Literal["chat", "text"]
@@ -55,14 +58,14 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
     json_only(request)
     body = await read_body(request, context.settings.body_limit)
     # Reading a megabyte of JSON takes long enough to be felt by others' streams.
-    asked = await asyncio.to_thread(parse, ChatRequest if kind == "chat" else TextRequest, body)
+    asked = await asyncio.to_thread(read_envelope, body)
     loaded = context.holder.current
     if asked.model is not None and asked.model not in (loaded.name, loaded.target.uri, context.uri):
         raise ApiError(
             404, f"there is no model of that name here; this is {loaded.name}", "model_not_found",
             "model",
         )  # fmt: skip
-    row = asked.row()
+    row = (chat_row if kind == "chat" else completion_row)(asked.content())
     wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
 
     def done(figures: RequestStats) -> None:
@@ -75,7 +78,7 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
         await exchange.begin(exchange.answer_with(wanted))
         results = exchange.results()
         reply = await anext(results)  # or the error of a prompt that does not fit
-        answer = Answer(kind, loaded.name, bool(row.get("logprobs")))
+        answer = AnswerBuilder(loaded.name, kind, openai=True, logprobs=bool(row.get("logprobs")))
         if asked.streamed:
             events = _events(context, exchange, results, reply, answer, asked.with_usage)
             return StreamingResponse(
@@ -91,25 +94,27 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
     return JSONResponse(whole, headers=version_of(loaded))
 
 
-async def _whole(results: AsyncIterator[Any], reply: Any, answer: Answer) -> dict[str, Any]:
-    choices: list[tuple[str, str, list[dict[str, Any]]]] = []
+async def _whole(
+    results: AsyncIterator[BackendPart], reply: BackendReply, answer: AnswerBuilder
+) -> dict[str, Any]:
+    choices: list[Choice] = []
     texts: list[str] = []
-    logprobs: list[dict[str, Any]] = []
+    logprobs: list[TokenLogprob] = []
     async for part in results:
         texts.append(part.text)
         logprobs += part.logprobs
         if part.finish_reason:
-            choices.append(("".join(texts), part.finish_reason, logprobs))
+            choices.append(Choice("".join(texts), part.tokens, part.finish_reason, logprobs))
             texts, logprobs = [], []
-    return answer.whole(choices, reply.prompt_tokens, reply.tokens)
+    return answer.whole(choices, reply.prompt_tokens)
 
 
 async def _events(
     context: ServerContext,
     exchange: Exchange,
-    results: AsyncIterator[Any],
-    reply: Any,
-    answer: Answer,
+    results: AsyncIterator[BackendPart],
+    reply: BackendReply,
+    answer: AnswerBuilder,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events."""

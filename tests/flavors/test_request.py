@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from phi3_mlflow.runtime.request import (
     RequestError,
     SamplingDefaults,
+    input_rows,
     parse_chat,
     parse_prompt,
-    rows,
 )
 
 CONTEXT = 1000
@@ -118,7 +118,7 @@ def test_rows_of_a_data_frame_lose_what_is_absent_and_numpy_types() -> None:
             "max_tokens": np.array([3, 4]),
         }
     )
-    first, second = rows(frame)
+    first, second = input_rows(frame)
     assert first == {"messages": USER, "temperature": 0.5, "max_tokens": 3}
     assert second == {"messages": USER, "stop": ["x"], "max_tokens": 4}
 
@@ -126,7 +126,7 @@ def test_rows_of_a_data_frame_lose_what_is_absent_and_numpy_types() -> None:
 @pytest.mark.parametrize("wrong", [5, None, [5], object()])
 def test_input_that_is_no_request_is_refused(wrong: Any) -> None:
     with pytest.raises(RequestError, match="request: expected an object"):
-        rows(wrong)
+        input_rows(wrong)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ _message = st.fixed_dictionaries({"role": _json, "content": _json})
 @given(st.dictionaries(_names, _json | st.lists(_message, max_size=3), max_size=6))
 def test_whatever_is_asked_is_answered_or_refused_by_name(row: dict[str, Any]) -> None:
     for parse in (parse_chat, parse_prompt):
-        for clean in rows([row]):
+        for clean in input_rows([row]):
             problems: list[str] = []
             try:
                 request = parse(clean, SamplingDefaults(), CONTEXT)

@@ -1,0 +1,102 @@
+"""OpenAI's requests in the terms of the contracts that `request` checks.
+
+OpenAI's protocol spells some things differently, and has fields that change the answer and that no
+model here can honour: those are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .request import RequestError
+
+UNSUPPORTED = (
+    "functions", "function_call", "logit_bias", "audio", "modalities", "prediction",
+    "web_search_options",
+)  # fmt: skip
+_NOTHING: tuple[Any, ...] = (None, [], {}, ["text"])
+
+
+def chat_row(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a request of `/v1/chat/completions` as a row of the chat contract.
+
+    Args:
+        content: the fields of the request.
+
+    Raises:
+        RequestError: naming every field that is not supported.
+    """
+    row, problems = dict(content), _unsupported(content, UNSUPPORTED)
+    row["messages"] = _plain_messages(row.get("messages"))
+    limit = row.pop("max_completion_tokens", None)
+    if limit is not None:
+        if row.get("max_tokens") is not None:
+            problems.append("max_completion_tokens: give it or max_tokens, not both")
+        row["max_tokens"] = limit
+    if row.get("tool_choice") in ("none", "auto"):
+        del row["tool_choice"]
+    if problems:
+        raise RequestError(problems)
+    return row
+
+
+def completion_row(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a request of `/v1/completions` as a row of the prompt contract.
+
+    The prompt is literal: control tokens in it are what they are.
+
+    Args:
+        content: the fields of the request.
+
+    Raises:
+        RequestError: naming every field that is not supported.
+    """
+    row, problems = dict(content), _unsupported(content, UNSUPPORTED)
+    problems += [_refusal(name) for name in ("echo", "suffix") if row.pop(name, None)]
+    if row.pop("best_of", None) not in (None, 1, row.get("n")):
+        problems.append(_refusal("best_of"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        row["prompt"] = prompt[0]
+    elif isinstance(prompt, list):
+        problems.append("prompt: one text is needed; lists of texts or tokens are not taken")
+    if problems:
+        raise RequestError(problems)
+    top = row.pop("logprobs", None)
+    if top is not None:
+        row |= {"logprobs": True, "top_logprobs": top}
+    return row
+
+
+def _unsupported(content: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [_refusal(name) for name in names if content.get(name) not in _NOTHING]
+
+
+def _refusal(name: str) -> str:
+    return f"{name}: not supported by this model; leave the field out"
+
+
+def _plain_messages(messages: Any) -> Any:
+    """Text parts as one text, and the role `developer` as `system`."""
+    if not isinstance(messages, list):
+        return messages
+    return [_plain_message(message) for message in messages]
+
+
+def _plain_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    plain = dict(message)
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    parts = plain.get("content")
+    if isinstance(parts, list) and parts and all(_is_text(part) for part in parts):
+        plain["content"] = "".join(part["text"] for part in parts)
+    return plain
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )

@@ -1,0 +1,122 @@
+"""Reading the fields of a request: each with its checks, problems collected and not raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MAX_TOP_LOGPROBS = 20
+
+
+class RequestFields:
+    """The fields of one request, read with checks; problems are collected, not raised."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.row = row
+        self.problems: list[str] = []
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        value = self.row.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.problems.append(f"{name}: expected a number, found {kind_of(value)}")
+        elif not low <= value <= high:  # false for NaN too
+            self.problems.append(f"{name}: {value} is not between {low:g} and {high:g}")
+        else:
+            return float(value)
+        return default
+
+    def whole(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        value = self.row.get(name, default)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.problems.append(f"{name}: expected a whole number, found {kind_of(value)}")
+        elif value < low:
+            self.problems.append(f"{name}: {value} is below {low}")
+        elif value > high:
+            self.problems.append(f"{name}: {value} is above {high}")
+        else:
+            return value
+        return default
+
+    def stop(self) -> tuple[str, ...]:
+        value = self.row.get("stop", ())
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            self.problems.append(
+                f"stop: expected a text or a list of texts, found {kind_of(value)}"
+            )
+            return ()
+        for index, text in enumerate(value):
+            if not isinstance(text, str) or not text:
+                self.problems.append(f"stop[{index}]: expected a text of at least one character")
+        return tuple(text for text in value if isinstance(text, str) and text)
+
+    def top_logprobs(self) -> int | None:
+        wanted = self.row.get("logprobs")
+        if wanted is not None and not isinstance(wanted, bool):
+            self.problems.append(f"logprobs: expected true or false, found {kind_of(wanted)}")
+        top = self.whole("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+        if top and not wanted:
+            self.problems.append("top_logprobs: needs logprobs: true")
+        return (top or 0) if wanted is True else None
+
+    def schema(self) -> str | None:
+        """The JSON schema of `response_format`, as text."""
+        wanted = self.row.get("response_format")
+        if wanted is None:
+            return None
+        kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return '{"type": "object"}'
+        if kind != "json_schema":
+            self.problems.append(
+                "response_format: expected an object whose type is text, json_object or json_schema"
+            )
+            return None
+        about = wanted.get("json_schema")
+        schema = about.get("schema") if isinstance(about, Mapping) else None
+        if not isinstance(schema, Mapping):
+            self.problems.append(
+                "response_format.json_schema.schema: expected a JSON schema (an object), found "
+                f"{kind_of(schema)}"
+            )
+            return None
+        return json.dumps(schema)
+
+    def unsupported(self) -> None:
+        if self.row.get("tools"):
+            self.problems.append("tools: this model calls no tools; leave the field out")
+
+
+def text_problems(where: str, text: str) -> Iterator[str]:
+    at = text.find("\0")
+    if at >= 0:
+        yield f"{where}: holds a NUL character at position {at}"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        yield f"{where}: holds a lone surrogate (half a character) at position {error.start}"
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def kind_of(value: Any) -> str:
+    names = {
+        type(None): "nothing",
+        bool: "true or false",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    kind = names.get(type(value), type(value).__name__)
+    return f"{kind} ({shown(value)})" if isinstance(value, str | int | float) else kind
