@@ -23,10 +23,10 @@ from phi3_mlflow.artifacts.cache import StepCache  # noqa: E402
 from phi3_mlflow.core.errors import EXIT_DONE, EXIT_GATE  # noqa: E402
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer, read_answers  # noqa: E402
 from phi3_mlflow.evaluation.divergence import read_scores  # noqa: E402
-from phi3_mlflow.evaluation.figures import label, write  # noqa: E402
+from phi3_mlflow.evaluation.metrics import formatted, label  # noqa: E402
 from phi3_mlflow.evaluation.statistics import wilson  # noqa: E402
 from phi3_mlflow.pipeline.step import read_record, slot  # noqa: E402
-from phi3_mlflow.tracking.runs import connect  # noqa: E402
+from phi3_mlflow.tracking.connection import connect  # noqa: E402
 
 PROFILE = "smollm2-135m"
 OF_TEXTS = ("perplexity", "perplexity_reference", "kl_mean", "top1_agreement")
@@ -71,7 +71,7 @@ def main() -> None:
     asked = [answer for answer in answers if not answer.category.startswith(NEEDLE)]
     on_texts = f"{len(scores)} texts, {metrics['scored_tokens']:,.0f} tokens"
     rows: list[list[Cell]] = [
-        [label(metric), write(metric, metrics[metric]), on_texts] for metric in OF_TEXTS
+        [label(metric), formatted(metric, metrics[metric]), on_texts] for metric in OF_TEXTS
     ]
     rows.append(share("questions answered right", asked, "questions"))
     turns = [answer for answer in asked if answer.category == "multi_turn"]
@@ -81,12 +81,16 @@ def main() -> None:
         tokens = int(category.removeprefix(NEEDLE))
         rows.append(share(f"needle found in {tokens:,} tokens", found, "long prompts"))
     rows += [
-        [label(metric), write(metric, metrics[metric]), f"{len(asked)} questions"]
+        [label(metric), formatted(metric, metrics[metric]), f"{len(asked)} questions"]
         for metric in OF_ANSWERS
     ]
     rows += [
         ["time of the evaluation", f"{run['wall_time_s'] / 60:.0f} min", "everything"],
-        ["peak memory of the evaluation", write("size_bytes", run["peak_rss_bytes"]), "everything"],
+        [
+            "peak memory of the evaluation",
+            formatted("size_bytes", run["peak_rss_bytes"]),
+            "everything",
+        ],
     ]
     write_result(
         "evaluate_full",

@@ -14,11 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.core.errors import EnvironmentProblem
+from phi3_mlflow.core.meter import peak_rss_bytes
+from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.evaluation.checks import check_answer
-from phi3_mlflow.evaluation.rows import Question
+from phi3_mlflow.evaluation.items import Question
+from phi3_mlflow.evaluation.logits import find_model, local_files
 from phi3_mlflow.evaluation.statistics import quantile
+from phi3_mlflow.tracking.connection import connect
 
 _BATCH = 4
 _LOOP_WORDS = 4  # a loop is told by runs of this many words that were there before
@@ -69,7 +72,7 @@ class Answers:
     peak_memory_bytes: int
 
     def metrics(self) -> dict[str, float]:
-        """What `phi3_mlflow.evaluation.figures` names, as far as answers tell it.
+        """What `phi3_mlflow.evaluation.metrics` names, as far as answers tell it.
 
         `accuracy`, the rates and the speeds count the questions; long prompts with a needle are in
         `needle_accuracy` and in `accuracy.CATEGORY` only.
@@ -219,8 +222,6 @@ class _Asked:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            from phi3_mlflow.evaluation.logits import find_model, local_files
-
             folder = find_model(local_files(self._uri))
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         return self._tokenizer
@@ -231,8 +232,6 @@ _asked: _Asked | None = None
 
 def _load(model_uri: str) -> float:
     global _asked
-    from phi3_mlflow.tracking.runs import connect
-
     connect()
     start = time.monotonic()
     _asked = _Asked(model_uri)
@@ -246,8 +245,6 @@ def _ask(questions: list[Question]) -> list[Answer]:
 
 
 def _peak() -> int:
-    from phi3_mlflow.core.meter import peak_rss_bytes
-
     return peak_rss_bytes()
 
 

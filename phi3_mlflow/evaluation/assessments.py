@@ -1,4 +1,4 @@
-"""The answers as a GenAI evaluation in MLflow: a trace an answer, an assessment a scorer.
+"""The answers as a GenAI evaluation in MLflow: a trace per answer, an assessment per scorer.
 
 Every version gets a run of its own below the step's, of the type that MLflow's page "Evaluation
 runs" lists, so that two versions can be laid side by side there, question by question. The checks
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation.answers import Answer, repeats
 from phi3_mlflow.evaluation.checks import check_answer, describe
+from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.rows import Question
 from phi3_mlflow.evaluation.settings import JudgeSettings
 from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.runs import child_run
 
 if TYPE_CHECKING:
     import pandas
@@ -65,8 +66,6 @@ def log_answers(
         EnvironmentProblem: the judge does not answer.
     """
     import mlflow
-
-    from phi3_mlflow.tracking.runs import child_run
 
     model_id = registry.logged_model_id(version)
     asked = {question.id: question for question in questions}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import regex
@@ -23,6 +23,8 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from phi3_mlflow.rows.strict_json import no_constant
+
 REGEX_SECONDS = 0.5  # a pattern that needs longer on one answer counts as "does not match"
 MAX_ANSWER_CHARS = 40_000  # an endless answer is judged by this much of its head (or tail)
 
@@ -30,13 +32,13 @@ Text = Annotated[str, Field(min_length=1)]
 TypeName = Literal["object", "array", "string", "number", "integer", "boolean", "null"]
 
 
-class Line(BaseModel):
-    """Base of what a line of a file may hold: unknown keys are errors, values do not change."""
+class StrictModel(BaseModel):
+    """Base of what a row of a file may hold: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ExactCheck(Line):
+class ExactCheck(StrictModel):
     """Right when the normalized answer equals, or contains as whole words, `value` or an alias.
 
     An answer that also contains one of `reject` is wrong: that is how naming every label of a
@@ -58,7 +60,7 @@ class ExactCheck(Line):
         return value
 
 
-class RegexCheck(Line):
+class RegexCheck(StrictModel):
     """Right when `pattern` (syntax of the `regex` module) is found in the stripped answer."""
 
     kind: Literal["regex"]
@@ -77,7 +79,7 @@ class RegexCheck(Line):
         return self
 
 
-class NumericCheck(Line):
+class NumericCheck(StrictModel):
     """Right when the last (or first) number in the answer is within `tolerance` of `value`."""
 
     kind: Literal["numeric"]
@@ -90,7 +92,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Shape(Line):
+class Shape(StrictModel):
     """The part of JSON Schema understood here, each keyword with its meaning there.
 
     Any other keyword is refused: it would silently check nothing.
@@ -119,7 +121,7 @@ class Shape(Line):
         return value
 
 
-class JsonCheck(Line):
+class JsonCheck(StrictModel):
     """Right when the first JSON object or array in the answer has the shape given as `schema`.
 
     With `strict` the whole answer has to be the JSON; a Markdown fence around it is allowed.
@@ -152,9 +154,10 @@ _POINT = re.compile(r"[0-9]\.[0-9]")
 def normalize(text: str) -> str:
     """Fold what an exact match should not depend on; idempotent.
 
-    Input: any string. Output: lower case, Latin accents and punctuation gone, thousands commas
-    closed up, one space between words. A decimal point, and the signs + = < > $ and their kin,
-    stay: "3.5" must not contain the word "5". Errors: none.
+    Returns:
+        The text in lower case, without Latin accents and punctuation, thousands commas closed up,
+        one space between words. A decimal point, and the signs + = < > $ and their kin, stay:
+        "3.5" must not contain the word "5".
     """
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
@@ -173,10 +176,14 @@ def normalize(text: str) -> str:
 def check_answer(check: Check, answer: str | None) -> bool:
     """Say whether a model's answer is right.
 
-    Input: a validated check and the answer as the model gave it, however hostile: empty, None,
-    huge, full of NULs, deeply nested. Output: True or False, the same on every call (only a
-    pattern that runs into `REGEX_SECONDS` depends on the machine; it counts as False).
-    Errors: none.
+    Args:
+        check: a validated check.
+        answer: as the model gave it, however hostile: empty, None, huge, full of NULs, deeply
+            nested.
+
+    Returns:
+        The same on every call; only a pattern that runs into `REGEX_SECONDS` depends on the
+        machine, and counts as wrong.
     """
     if not isinstance(answer, str):
         return False
@@ -202,7 +209,7 @@ def _exact(check: ExactCheck, answer: str) -> bool:
 
 
 # A sign counts only when no letter or digit stands before it ("5-3" holds 5 and 3, "x=-3" holds
-# -3); digits inside a word or a version ("H2O", "v1.2") are no numbers.
+# -3); digits inside a word or a version ("H2O", "v1.2") are not numbers.
 _NUMBER = re.compile(
     r"(?<![0-9]\.)(?<![^\W_])[-+]?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
@@ -229,11 +236,6 @@ def _find(pattern: str, text: str, ignore_case: bool, mode: str) -> bool:
     return find(text, timeout=REGEX_SECONDS) is not None
 
 
-def no_constant(name: str) -> Any:
-    """For json's parse_constant: NaN and Infinity are no JSON."""
-    raise ValueError(f"{name} is not JSON")
-
-
 _JSON = json.JSONDecoder(parse_constant=no_constant)
 _FENCE = re.compile(r"\s*```[A-Za-z]*\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
@@ -254,50 +256,30 @@ def _json_values(answer: str, strict: bool) -> Iterator[Any]:
             continue
 
 
-_PYTHON_TYPES: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int}
-_PYTHON_TYPES["number"] = (int, float)
-
-
-def _is(value: Any, name: TypeName) -> bool:
-    if name == "null" or isinstance(value, bool):
-        return (value is None) if name == "null" else name == "boolean"
-    if name == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _PYTHON_TYPES.get(name, ()))
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 equals 1.0 but not true."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
-    return bool(left == right)
-
-
 def _fits(value: Any, shape: Shape) -> bool:
-    if shape.type and not any(_is(value, name) for name in shape.type):
+    schema = shape.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    try:
+        return bool(_validator_class()(schema, registry=_no_references()).is_valid(value))
+    except RecursionError:  # an error repeats the value in its message, however deep it is
         return False
-    if shape.enum and not any(_same(value, allowed) for allowed in shape.enum):
-        return False
-    if isinstance(value, dict):
-        known = shape.properties
-        return (
-            all(name in value for name in shape.required)
-            and (shape.additional_properties or value.keys() <= known.keys())
-            and all(_fits(value[name], known[name]) for name in known if name in value)
-        )
-    if isinstance(value, list):
-        sized = shape.min_items <= len(value) <= _or(shape.max_items, math.inf)
-        return sized and all(_fits(item, shape.items) for item in value if shape.items)
-    if isinstance(value, str):
-        return shape.pattern is None or _find(shape.pattern, value, False, "search")
-    if _is(value, "number"):
-        return _or(shape.minimum, -math.inf) <= value <= _or(shape.maximum, math.inf)
-    return True
 
 
-def _or(bound: float | None, otherwise: float) -> float:
-    return otherwise if bound is None else bound
+@lru_cache
+def _validator_class() -> Any:
+    """JSON Schema's rules, except that a pattern may not take forever."""
+    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema.validators import extend
+
+    def pattern(_: Any, wanted: str, value: Any, __: Any) -> Iterator[Exception]:
+        if isinstance(value, str) and not _find(wanted, value, False, "search"):
+            yield ValidationError("does not match")
+
+    return extend(Draft202012Validator, {"pattern": pattern})
+
+
+@lru_cache
+def _no_references() -> Any:
+    """A registry that resolves nothing: a `Shape` cannot hold a reference, and none is followed."""
+    from referencing import Registry
+
+    return Registry()

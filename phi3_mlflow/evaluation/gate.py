@@ -13,14 +13,15 @@ refuse nor a reason to move the alias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.divergence import TextScore
-from phi3_mlflow.evaluation.figures import FIGURES, label, write
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
 from phi3_mlflow.evaluation.settings import Bound, Margin
 from phi3_mlflow.evaluation.statistics import Interval, mcnemar, paired_ratio
 
@@ -33,7 +34,7 @@ _FEWEST_TEXTS = 6
 
 
 @dataclass(frozen=True)
-class Check:
+class ThresholdResult:
     """One threshold and what was found."""
 
     metric: str
@@ -45,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric beside the champion's.
+    """One metric compared with the champion's.
 
     Attributes:
         margin: by how much it may be worse, in the metric's unit.
@@ -75,7 +76,7 @@ class Verdict:
         note: what decided, when it was neither a threshold nor a comparison.
     """
 
-    checks: tuple[Check, ...]
+    checks: tuple[ThresholdResult, ...]
     comparisons: tuple[Comparison, ...] = ()
     against: str | None = None
     note: str = ""
@@ -133,12 +134,12 @@ class Verdict:
         }
 
 
-def judge(metrics: Mapping[str, float], thresholds: Mapping[str, Bound]) -> Verdict:
+def check_thresholds(metrics: Mapping[str, float], thresholds: Mapping[str, Bound]) -> Verdict:
     """Compare metrics with thresholds.
 
     A metric that has a threshold but was not measured fails: a gate that cannot see must not open.
-    `mlflow.validate_evaluation_results` says the same (a test compares them), but takes one bound a
-    metric, and raises where a report wants every check with its numbers.
+    `mlflow.validate_evaluation_results` says the same (a test compares them), but takes one bound
+    per metric, and raises where a report wants every check with its numbers.
     """
     checks = []
     for metric, bound in sorted(thresholds.items()):
@@ -150,17 +151,19 @@ def judge(metrics: Mapping[str, float], thresholds: Mapping[str, Bound]) -> Verd
     return Verdict(tuple(checks))
 
 
-def _check(metric: str, side: str, limit: float, found: float | None) -> Check:
+def _check(metric: str, side: str, limit: float, found: float | None) -> ThresholdResult:
     sign = ">=" if side == "min" else "<="
     bound = f"{sign} {limit:g}"
     if found is None or found != found:
-        return Check(metric, bound, None, False, f"{metric} was not measured; wanted {bound}")
+        return ThresholdResult(
+            metric, bound, None, False, f"{metric} was not measured; wanted {bound}"
+        )
     passed = found >= limit if side == "min" else found <= limit
     if passed:
-        return Check(metric, bound, found, True, f"{metric} {found:.4g} {bound}")
+        return ThresholdResult(metric, bound, found, True, f"{metric} {found:.4g} {bound}")
     direction = "below" if side == "min" else "above"
     reason = f"{metric} is {found:.4g}, {abs(found - limit):.4g} {direction} the {side} {limit:g}"
-    return Check(metric, bound, found, False, reason)
+    return ThresholdResult(metric, bound, found, False, reason)
 
 
 def against_champion(
@@ -195,7 +198,7 @@ def compare_metric(
         reason = f"{metric} was not measured of {who}"
         return Comparison(metric, theirs, mine, None, None, None, None, "undecided", reason)
     allowed = margin.by if margin.by is not None else abs(theirs) * (margin.percent or 0) / 100
-    sign = -1.0 if FIGURES[metric].better == "higher" else 1.0
+    sign = -1.0 if METRICS[metric].better == "higher" else 1.0
     if metric in EXACT:
         worse = Interval(sign * (mine - theirs), sign * (mine - theirs), sign * (mine - theirs))
         # Without noise, but then any byte would count: an improvement has to be worth the name.
@@ -213,8 +216,8 @@ def compare_metric(
         worse = Interval(sign * difference.value, low, high)
         state, told = _state(worse, allowed, p_value)
     reason = (
-        f"{label(metric)}: {write(metric, mine)}, champion {write(metric, theirs)}: "
-        f"{_amount(metric, worse)}, allowed {write(metric, allowed)}{told}"
+        f"{label(metric)}: {formatted(metric, mine)}, champion {formatted(metric, theirs)}: "
+        f"{_amount(metric, worse)}, allowed {formatted(metric, allowed)}{told}"
     )
     return Comparison(
         metric, theirs, mine, allowed, worse.value, worse.low, worse.high, state, reason
@@ -233,10 +236,12 @@ def _state(worse: Interval, allowed: float, p_value: float | None) -> tuple[Stat
 
 def _amount(metric: str, worse: Interval) -> str:
     word = "worse" if worse.value >= 0 else "better"
-    text = f"{word} by {write(metric, abs(worse.value))}"
+    text = f"{word} by {formatted(metric, abs(worse.value))}"
     if worse.low == worse.high:
         return text
-    low, high = (("-" if v < 0 else "") + write(metric, abs(v)) for v in (worse.low, worse.high))
+    low, high = (
+        ("-" if v < 0 else "") + formatted(metric, abs(v)) for v in (worse.low, worse.high)
+    )
     return f"{text} (95 %: {low} to {high} worse)"
 
 
@@ -292,8 +297,6 @@ def _as_perplexity(
     metric: str, nll: Interval, pairs: Sequence[tuple[TextScore, TextScore]]
 ) -> Interval:
     """A difference of mean NLL as one of perplexity (or of its ratio to full precision)."""
-    import math
-
     if metric not in ("perplexity", "perplexity_ratio"):
         return nll
     places = sum(one.places for one, _ in pairs)

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
-from phi3_mlflow.artifacts.code_keys import closure, version_of
+from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
+from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
 from phi3_mlflow.evaluation.logits import find_model, local_files, open_logits
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
-from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
+from phi3_mlflow.evaluation.sets import Sets
 
 SAMPLE = Question.model_validate(
     {
@@ -34,40 +34,7 @@ SAMPLE = Question.model_validate(
 )
 """Asked of every version and shown to whoever started the run; it does not count."""
 
-LIBRARIES = ("onnxruntime",)
-"""Decides figures behind onnxruntime-genai, which is imported."""
-
 BATCH_TOKENS = 1024
-_TEMPLATE_ROOM = 64  # tokens that a chat template adds to a long prompt, at most
-
-
-@dataclass(frozen=True)
-class Sets:
-    """What a model is measured on.
-
-    Attributes:
-        context: tokens that fit the model; needles beyond it are left out.
-    """
-
-    questions: Sequence[Question]
-    texts: Sequence[HeldoutText]
-    needles: Sequence[Needle] = ()
-    context: int = 0
-
-    def digests(self) -> dict[str, str]:
-        return {
-            "questions_sha256": datasets.digest(self.questions),
-            "texts_sha256": datasets.digest(self.texts),
-            "needles_sha256": datasets.digest(self.fitting()),
-        }
-
-    def fitting(self) -> list[Needle]:
-        """The long prompts that leave room for an answer."""
-        return [
-            row
-            for row in self.needles
-            if row.target_tokens + row.max_tokens + _TEMPLATE_ROOM <= self.context
-        ]
 
 
 def measured(
@@ -86,8 +53,10 @@ def measured(
     Args:
         model_uri: the version or logged model.
         content: sha256 of its files; empty when that is not known, and then it is measured.
-        reference, reference_digest: the full-precision checkpoint.
-        sets, window: what it is measured on, and how many tokens are scored in one piece.
+        reference: the full-precision checkpoint.
+        reference_digest: of that checkpoint, as hex.
+        sets: what it is measured on.
+        window: tokens scored in one piece.
         store: where measurements are kept.
         fresh: measure even so, for speeds that are to be compared with others of just now.
 
@@ -101,7 +70,7 @@ def measured(
         "sets": sets.digests(),
         "window": window,
         "code": measuring.hashes(),
-        "libraries": {name: version_of(name) for name in (*measuring.libraries, *LIBRARIES)},
+        "libraries": library_versions([measuring]),
     }
     key = key_of(parts)
     with store.locked("measure", key):

@@ -1,6 +1,6 @@
 """What was measured of one model, as files in a folder.
 
-metrics.json    metric to value; `phi3_mlflow.evaluation.figures` says what they mean
+metrics.json    metric to value; `phi3_mlflow.evaluation.metrics` says what they mean
 answers.jsonl   one `Answer` a line
 texts.jsonl     one `TextScore` a line
 sample.json     a question and its answer, to show

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation.datasets import load_calibration, load_heldout
-from phi3_mlflow.evaluation.rows import Needle
+from phi3_mlflow.evaluation.items import Needle
 
 
 @lru_cache(maxsize=1)

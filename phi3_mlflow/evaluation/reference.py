@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.core.progress import Meter
-from phi3_mlflow.evaluation.rows import Question
+from phi3_mlflow.evaluation.items import Question
 
 
-def answer_all(
-    checkpoint: Path, questions: Sequence[Question], progress: Meter
-) -> dict[str, str]:
+def answer_all(checkpoint: Path, questions: Sequence[Question], progress: Meter) -> dict[str, str]:
     """Ask a Hugging Face checkpoint, greedily.
 
     Args:

@@ -78,7 +78,7 @@ class Margin(Section):
         return self
 
 
-METRICS = (
+GATED_METRICS = (
     "perplexity",
     "perplexity_ratio",
     "kl_mean",
@@ -91,6 +91,7 @@ METRICS = (
     "peak_memory_bytes",
     "size_bytes",
 )
+"""The metrics that a profile may set bounds and margins for."""
 
 
 def _default_margins() -> dict[str, Margin]:
@@ -116,8 +117,10 @@ class GateSettings(Section):
         unknown = sorted(
             metric
             for metric in value
-            if metric not in METRICS and not (by_a_judge and metric.startswith("judge."))
+            if metric not in GATED_METRICS and not (by_a_judge and metric.startswith("judge."))
         )
         if unknown:
-            raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
+            raise ValueError(
+                f"unknown metric {', '.join(unknown)}; there are {', '.join(GATED_METRICS)}"
+            )
         return value

@@ -12,13 +12,13 @@ import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.evaluation.assessments import log_answers
-from phi3_mlflow.evaluation.gate import judge as judge_metrics
+from phi3_mlflow.evaluation.gate import check_thresholds
+from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import check_judge
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.rows import Question
 from phi3_mlflow.evaluation.settings import Bound, JudgeSettings
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import connect
+from phi3_mlflow.tracking.connection import connect
 from tests.conftest import Workspace, own_store
 from tests.evaluation.measurements import measurement
 
@@ -193,8 +193,8 @@ def test_a_judge_gives_metrics_and_an_assessment_an_answer(
     assert opinion.source.source_type == "LLM_JUDGE"
     assert opinion.rationale == "It says so."
     assert run_of_answers(version).data.metrics["judge.polite"] == 0.75
-    assert judge_metrics(found, {}).passed
-    assert not judge_metrics(found, {"judge.polite": Bound(min=0.8)}).passed
+    assert check_thresholds(found, {}).passed
+    assert not check_thresholds(found, {"judge.polite": Bound(min=0.8)}).passed
     assert_no_key(place)
 
 
@@ -214,7 +214,7 @@ def test_a_judge_that_fails_gives_no_figure_and_shows_no_key(
     assert values(traces(version)["q0"])["correct"] is True
     assert KEY not in told
     assert_no_key(place)
-    verdict = judge_metrics(found, {"judge.polite": Bound(min=0.1)})
+    verdict = check_thresholds(found, {"judge.polite": Bound(min=0.1)})
     assert verdict.reasons == ["judge.polite was not measured; wanted >= 0.1"]
 
 

@@ -12,8 +12,9 @@ from onnx import NodeProto
 
 from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.evaluation.gate import judge
-from phi3_mlflow.evaluation.measure import Sets, diverge, measure
+from phi3_mlflow.evaluation.gate import check_thresholds
+from phi3_mlflow.evaluation.measure import diverge, measure
+from phi3_mlflow.evaluation.sets import Sets
 from phi3_mlflow.flavors.onnx import log_onnx
 from tests.conftest import Workspace
 
@@ -96,7 +97,7 @@ def test_damaged_weights_are_refused_for_their_divergence(
 ) -> None:
     model = damaged(real_onnx, tmp_path / "model", edits)
     metrics = diverge(real_checkpoint, model, TEXTS, 512).metrics()
-    verdict = judge(metrics, OF_TEXTS)
+    verdict = check_thresholds(metrics, OF_TEXTS)
     assert metrics["kl_mean"] > 3 * sound["kl_mean"]
     assert verdict.decision == "refuse"
     assert "above the max" in next(r for r in verdict.reasons if r.startswith("kl_mean"))
@@ -119,7 +120,7 @@ def test_a_wrong_chat_template_is_refused_for_its_answers(
     questions = [q for q in datasets.load_questions(quick=True) if q.max_tokens <= 48][:16]
     sets = Sets(questions, TEXTS)
     found = measure(info.model_uri, reference=real_checkpoint, sets=sets, window=512)
-    verdict = judge(found.metrics, THRESHOLDS)
+    verdict = check_thresholds(found.metrics, THRESHOLDS)
     assert verdict.decision == "refuse"
     assert any(reason.startswith("accuracy is") for reason in verdict.reasons), verdict.reasons
     assert found.metrics["kl_mean"] == pytest.approx(sound["kl_mean"], rel=1e-3)

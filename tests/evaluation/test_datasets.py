@@ -21,7 +21,8 @@ from pydantic import TypeAdapter
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import checks, needles
 from phi3_mlflow.evaluation import datasets as ds
-from phi3_mlflow.evaluation.rows import CalibrationText, Needle, Question
+from phi3_mlflow.evaluation.items import CalibrationText, Needle, Question
+from phi3_mlflow.rows.location import without_secrets
 from tests.conftest import Workspace
 
 QUESTIONS = ds.load_questions()
@@ -479,7 +480,7 @@ def test_a_uri_is_downloaded_by_mlflow(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="cannot be downloaded") as refused:
         ds.load_questions(f"runs:/{'0' * 32}/q.jsonl")
     assert "Give a path, or a URI" in str(refused.value)
-    assert ds.without_secrets(secret) == "mlflow-artifacts://127.0.0.1:9/q.jsonl"
+    assert without_secrets(secret) == "mlflow-artifacts://127.0.0.1:9/q.jsonl"
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.evaluation.gate import Verdict, against_champion, judge
+from phi3_mlflow.evaluation.gate import Verdict, against_champion, check_thresholds
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.settings import METRICS, Bound, Margin
+from phi3_mlflow.evaluation.settings import GATED_METRICS, Bound, Margin
 from tests.evaluation.measurements import measurement
 
 numbers = st.floats(-1e6, 1e6)
@@ -29,7 +29,7 @@ numbers = st.floats(-1e6, 1e6)
     ],
 )
 def test_a_failed_threshold_says_by_how_much(found, bound: Bound, reason: str) -> None:
-    verdict = judge({} if found is None else {"kl_mean": found}, {"kl_mean": bound})
+    verdict = check_thresholds({} if found is None else {"kl_mean": found}, {"kl_mean": bound})
     assert not verdict.passed
     assert verdict.reasons == [reason]
 
@@ -37,14 +37,14 @@ def test_a_failed_threshold_says_by_how_much(found, bound: Bound, reason: str) -
 @given(numbers, numbers, numbers)
 def test_it_passes_exactly_between_the_bounds(found: float, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    verdict = judge({"accuracy": found}, {"accuracy": Bound(min=low, max=high)})
+    verdict = check_thresholds({"accuracy": found}, {"accuracy": Bound(min=low, max=high)})
     assert verdict.passed == (low <= found <= high)
     assert len(verdict.checks) == 2
     assert len(verdict.reasons) == (not verdict.passed)
 
 
 def test_without_thresholds_everything_passes() -> None:
-    assert judge({"accuracy": 0.0}, {}).passed
+    assert check_thresholds({"accuracy": 0.0}, {}).passed
 
 
 # --- beside the champion ----------------------------------------------------------------------
@@ -56,7 +56,9 @@ TEXTS = tuple(NOISE.uniform(0.05, 0.5, size=12))
 
 
 def compare(found: Measurement, champion: Measurement, margins=MARGINS) -> Verdict:
-    return against_champion(judge(found.metrics, {}), found, champion, margins, "models:/m/1")
+    return against_champion(
+        check_thresholds(found.metrics, {}), found, champion, margins, "models:/m/1"
+    )
 
 
 def state(verdict: Verdict, metric: str) -> str:
@@ -135,7 +137,7 @@ def test_a_size_has_no_noise(size: float, expected: str) -> None:
     assert state(compare(found, measurement(HALF, TEXTS), margins), "size_bytes") == expected
 
 
-@pytest.mark.parametrize("metric", sorted(set(METRICS) - {"size_bytes", "peak_memory_bytes"}))
+@pytest.mark.parametrize("metric", sorted(set(GATED_METRICS) - {"size_bytes", "peak_memory_bytes"}))
 def test_every_metric_that_a_profile_may_name_can_be_compared(metric: str) -> None:
     one = measurement(HALF, TEXTS)
     assert state(compare(one, one, {metric: Margin(percent=1)}), metric) == "not worse"
@@ -143,7 +145,7 @@ def test_every_metric_that_a_profile_may_name_can_be_compared(metric: str) -> No
 
 def test_a_threshold_stands_whatever_the_champion_is_like() -> None:
     better = measurement(HALF, [0.5 * kl for kl in TEXTS])
-    verdict = judge(better.metrics, {"accuracy": Bound(min=0.9)})
+    verdict = check_thresholds(better.metrics, {"accuracy": Bound(min=0.9)})
     verdict = against_champion(verdict, better, measurement(HALF, TEXTS), MARGINS, "models:/m/1")
     assert verdict.decision == "refuse"
 
@@ -155,7 +157,7 @@ def test_mlflow_agrees_on_thresholds() -> None:
 
     for found, passes in ((0.31, False), (0.3, True)):
         limit = {"kl_mean": MetricThreshold(threshold=0.3, greater_is_better=False)}
-        assert judge({"kl_mean": found}, {"kl_mean": Bound(max=0.3)}).passed == passes
+        assert check_thresholds({"kl_mean": found}, {"kl_mean": Bound(max=0.3)}).passed == passes
         result = EvaluationResult({"kl_mean": found}, {})
         with nullcontext() if passes else pytest.raises(ModelValidationFailedException):
             validate_evaluation_results(limit, result)
@@ -163,7 +165,7 @@ def test_mlflow_agrees_on_thresholds() -> None:
 
 def test_the_verdict_as_junit_xml() -> None:
     found, champion = measurement([False] * 100 + HALF[100:], TEXTS), measurement(HALF, TEXTS)
-    verdict = judge(found.metrics, {"accuracy": Bound(min=0.9), "kl_mean": Bound(max=9)})
+    verdict = check_thresholds(found.metrics, {"accuracy": Bound(min=0.9), "kl_mean": Bound(max=9)})
     verdict = against_champion(verdict, found, champion, MARGINS, "models:/m/1")
     suite = ElementTree.fromstring(junit_xml("models:/m/2 \x00&", verdict).encode())
     assert (suite.get("tests"), suite.get("failures")) == ("4", "2")

@@ -10,8 +10,9 @@ import pytest
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.code_keys import closure
 from phi3_mlflow.evaluation import measure
-from phi3_mlflow.evaluation.measure import Sets, measured
-from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
+from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
+from phi3_mlflow.evaluation.measure import measured
+from phi3_mlflow.evaluation.sets import Sets
 from tests.evaluation.measurements import measurement
 
 FOUND = measurement([True, False])
@@ -103,7 +104,7 @@ def test_needles_count_as_far_as_they_fit_the_model() -> None:
 
 def test_the_code_that_decides_the_figures_counts() -> None:
     counted = closure((measure.__name__,)).modules
-    for name in ("answers", "checks", "datasets", "divergence", "logits", "measurement", "rows"):
+    for name in ("answers", "checks", "datasets", "divergence", "logits", "measurement", "items"):
         assert f"phi3_mlflow.evaluation.{name}" in counted
     # The gate and the report only look at the figures.
     assert not {"phi3_mlflow.evaluation.gate", "phi3_mlflow.evaluation.report.build"} & {*counted}

@@ -6,20 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.config.profile import load_profile
-from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
-from phi3_mlflow.evaluation.gate import Verdict, against_champion, judge
+from phi3_mlflow.evaluation.gate import Verdict, against_champion, check_thresholds
+from phi3_mlflow.evaluation.items import HeldoutText, Question
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.report.build import TEXTS_TAG, known_versions, write_report
-from phi3_mlflow.evaluation.rows import HeldoutText, Question
+from phi3_mlflow.evaluation.report.build import known_versions, write_report
+from phi3_mlflow.evaluation.result import TEXTS_TAG, Evaluation, ModelFacts
+from phi3_mlflow.evaluation.sets import Sets
 from phi3_mlflow.evaluation.settings import Bound, Margin
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.registry import VersionName
-from tests.conftest import Workspace, own_store
+from tests.conftest import own_store
 from tests.evaluation.measurements import measurement
 
 HOSTILE = '"></p></section><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -46,29 +46,20 @@ def question(number: int, level: str = "medium") -> Question:
 QUESTIONS = [question(number, "easy" if number == 35 else "medium") for number in range(36)]
 
 
+SETS = Sets(QUESTIONS, [HeldoutText(id=f"t{i}", text="text") for i in range(9)], (), 512)
+FACTS = ModelFacts(f"A model {HOSTILE}", "SmolLM2", "pypi:smollm2", "int4")
+
+
 @pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluator]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where reports are written; the store knows two versions of `m`."""
     with own_store(tmp_path_factory.mktemp("report")) as place:
-        yield an_evaluator(place)
-
-
-def an_evaluator(workspace: Workspace) -> Evaluator:
-    client = registry.client()
-    client.create_registered_model("m")
-    tags = {"algorithm": "rtn", "source": f"file:{HOSTILE}"}
-    for _ in range(2):
-        client.create_model_version("m", source="nowhere", tags=tags)
-    profile = load_profile("smollm2-135m")
-    return Evaluator(
-        profile=profile.model_copy(update={"description": f"A model {HOSTILE}"}),
-        reference=workspace.folder,
-        reference_digest="",
-        questions=QUESTIONS,
-        texts=[HeldoutText(id=f"t{i}", text="text") for i in range(9)],
-        needles=(),
-        context=512,
-        store=StepCache(workspace.cache),
-    )
+        client = registry.client()
+        client.create_registered_model("m")
+        tags = {"algorithm": "rtn", "source": f"file:{HOSTILE}"}
+        for _ in range(2):
+            client.create_model_version("m", source="nowhere", tags=tags)
+        yield place.folder
 
 
 def found(right: Sequence[bool], kl: float = 0.1) -> Measurement:
@@ -79,12 +70,12 @@ def found(right: Sequence[bool], kl: float = 0.1) -> Measurement:
 
 def alone(right: Sequence[bool] = RIGHT) -> Evaluation:
     mine = found(right)
-    return Evaluation(FIRST, mine, judge(mine.metrics, {"kl_mean": Bound(max=1)}), None)
+    return Evaluation(FIRST, mine, check_thresholds(mine.metrics, {"kl_mean": Bound(max=1)}), None)
 
 
 def beside_the_champion() -> Evaluation:
     mine, theirs = found(RIGHT, 0.3), found(BETTER, 0.1)
-    verdict = judge(mine.metrics, {"accuracy": Bound(min=0.9)})
+    verdict = check_thresholds(mine.metrics, {"accuracy": Bound(min=0.9)})
     margins = {"accuracy": Margin(by=0.05), "kl_mean": Margin(percent=10)}
     verdict = against_champion(verdict, mine, theirs, margins, FIRST.uri)
     return Evaluation(SECOND, mine, verdict, theirs)
@@ -111,13 +102,13 @@ class Page(HTMLParser):
         return sum(name in (a.get("class") or "").split() for _, a in self.elements)
 
 
-def page(evaluation: Evaluation, evaluator: Evaluator, **reference: str) -> Page:
-    write_report(evaluation, evaluator, evaluator.reference, reference)
-    return Page((evaluator.reference / "report.html").read_text("utf-8"))
+def page(evaluation: Evaluation, folder: Path, **reference: str) -> Page:
+    write_report(evaluation, FACTS, SETS, folder, reference)
+    return Page((folder / "report.html").read_text("utf-8"))
 
 
-def test_nothing_is_loaded_from_anywhere_and_nothing_runs(evaluator: Evaluator) -> None:
-    shown = page(beside_the_champion(), evaluator, q1=f"reference {HOSTILE}")
+def test_nothing_is_loaded_from_anywhere_and_nothing_runs(folder: Path) -> None:
+    shown = page(beside_the_champion(), folder, q1=f"reference {HOSTILE}")
     tags = {tag for tag, _ in shown.elements}
     assert not tags & {"script", "img", "link", "iframe", "object", "embed", "base", "form"}
     for tag, attributes in shown.elements:
@@ -130,8 +121,8 @@ def test_nothing_is_loaded_from_anywhere_and_nothing_runs(evaluator: Evaluator) 
     assert outside == set(), "only the names of XML's own namespaces"
 
 
-def test_what_models_and_questions_say_is_shown_as_it_is(evaluator: Evaluator) -> None:
-    shown = page(beside_the_champion(), evaluator, q1=f"reference {HOSTILE}")
+def test_what_models_and_questions_say_is_shown_as_it_is(folder: Path) -> None:
+    shown = page(beside_the_champion(), folder, q1=f"reference {HOSTILE}")
     for words in (
         f"A model {HOSTILE}",
         f"Number 1? {HOSTILE}",
@@ -144,8 +135,8 @@ def test_what_models_and_questions_say_is_shown_as_it_is(evaluator: Evaluator) -
     assert shown.elements[0] == ("html", {"lang": "en"})
 
 
-def test_the_verdict_comes_first(evaluator: Evaluator) -> None:
-    shown = page(beside_the_champion(), evaluator)
+def test_the_verdict_comes_first(folder: Path) -> None:
+    shown = page(beside_the_champion(), folder)
     first = next(a for tag, a in shown.elements if tag == "section")
     assert (first.get("class") or "").split() == ["verdict", "refuse"]
     places = [
@@ -161,30 +152,30 @@ def test_the_verdict_comes_first(evaluator: Evaluator) -> None:
         )
     ]
     assert places == sorted(places)
-    assert "Passed: it may become champion" in page(alone(), evaluator).text
+    assert "Passed: it may become champion" in page(alone(), folder).text
 
 
-def test_figures_stand_beside_the_champion_and_full_precision(evaluator: Evaluator) -> None:
-    shown = " ".join(page(beside_the_champion(), evaluator).text.split())
+def test_figures_stand_beside_the_champion_and_full_precision(folder: Path) -> None:
+    shown = " ".join(page(beside_the_champion(), folder).text.split())
     assert "Compared with models:/m/1." in shown
     for words in ("this version champion difference full precision", "33.3%", "66.7%", "worse"):
         assert words in shown, words
     assert re.search(r"KL divergence from full precision .*? 0.300 nats 0.100 nats", shown)
     assert (
         "champion"
-        not in " ".join(page(alone(), evaluator).text.split())
+        not in " ".join(page(alone(), folder).text.split())
         .partition("Figures")[2]
         .partition("Quality")[0]
     )
 
 
-def test_categories_are_also_told_in_numbers(evaluator: Evaluator) -> None:
-    shown = " ".join(page(beside_the_champion(), evaluator).text.split())
+def test_categories_are_also_told_in_numbers(folder: Path) -> None:
+    shown = " ".join(page(beside_the_champion(), folder).text.split())
     assert "facts 18 33% 16% – 56% 67% json 18 33% 16% – 56% 67%" in shown
 
 
-def test_the_twenty_worst_answers_side_by_side(evaluator: Evaluator) -> None:
-    shown = page(beside_the_champion(), evaluator, q1="reference says")
+def test_the_twenty_worst_answers_side_by_side(folder: Path) -> None:
+    shown = page(beside_the_champion(), folder, q1="reference says")
     assert shown.text.count("version 2: wrong") == shown.text.count(" or else") == 20
     lost = [n for n in range(36) if BETTER[n] and not RIGHT[n]]  # 12: they come first
     order = [int(n) for n in re.findall(r"answer q(\d+) .*?\n", shown.text)]
@@ -195,34 +186,34 @@ def test_the_twenty_worst_answers_side_by_side(evaluator: Evaluator) -> None:
     assert shown.classes("answer") == 20 + 20 + ("reference says" in shown.text)
 
 
-def test_a_version_that_was_right_throughout(evaluator: Evaluator) -> None:
-    assert "None: every answer was right." in page(alone([True] * 36), evaluator).text
+def test_a_version_that_was_right_throughout(folder: Path) -> None:
+    assert "None: every answer was right." in page(alone([True] * 36), folder).text
 
 
-def test_every_plot_is_in_the_page_in_its_colours(evaluator: Evaluator) -> None:
-    figures = write_report(beside_the_champion(), evaluator, evaluator.reference)
-    assert set(figures) == {"quality", "categories", "latency", "divergence"}
-    html = (evaluator.reference / "report.html").read_text("utf-8")
+def test_every_plot_is_in_the_page_in_its_colours(folder: Path) -> None:
+    plots = write_report(beside_the_champion(), FACTS, SETS, folder)
+    assert set(plots) == {"quality", "categories", "latency", "divergence"}
+    html = (folder / "report.html").read_text("utf-8")
     assert html.count("<svg") == 4
     for colour in ("#3361e0", "#d9822b"):
         assert colour not in html.partition("<svg")[2], "a colour that a dark page cannot change"
     assert "champion, version 1" in html
 
 
-def test_the_same_report_again_is_the_same_bytes(evaluator: Evaluator) -> None:
-    one, other = (page(beside_the_champion(), evaluator).html for _ in range(2))
+def test_the_same_report_again_is_the_same_bytes(folder: Path) -> None:
+    one, other = (page(beside_the_champion(), folder).html for _ in range(2))
     assert one == other
 
 
-def test_the_champion_that_is_the_same_model_is_not_compared(evaluator: Evaluator) -> None:
+def test_the_champion_that_is_the_same_model_is_not_compared(folder: Path) -> None:
     mine = found(RIGHT)
     verdict = Verdict((), against=FIRST.uri, note="it is the same model as the champion")
-    shown = page(Evaluation(SECOND, mine, verdict, mine), evaluator)
+    shown = page(Evaluation(SECOND, mine, verdict, mine), folder)
     assert "Good enough, but the champion stays" in shown.text
     assert "champion: right" not in shown.text
 
 
-def test_only_versions_of_the_same_texts_are_plotted_together(evaluator: Evaluator) -> None:
+def test_only_versions_of_the_same_texts_are_plotted_together(folder: Path) -> None:
     old = {"size_bytes": "1e8", "tokens_per_second": "10", "kl_mean": "0.2", TEXTS_TAG: "other"}
     registry.set_tags(SECOND, old)
     assert [known.number for known in known_versions(alone(), "these")] == ["1"]

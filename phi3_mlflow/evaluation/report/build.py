@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
-from phi3_mlflow.evaluation.figures import FIGURES, label, write
 from phi3_mlflow.evaluation.gate import Comparison
+from phi3_mlflow.evaluation.hardware import hardware
+from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
 from phi3_mlflow.evaluation.report import plots
-from phi3_mlflow.evaluation.rows import Question
+from phi3_mlflow.evaluation.result import TEXTS_TAG, Evaluation, ModelFacts
+from phi3_mlflow.evaluation.sets import Sets
 from phi3_mlflow.evaluation.statistics import Interval, wilson
 from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from phi3_mlflow.evaluation.evaluate import Evaluation, Evaluator
-
 WORST = 20
-TEXTS_TAG = "evaluation_texts"
 """The tag of a version that holds the digest of the texts it was measured on last."""
 _LONGEST_SHOWN = 1200  # characters of a prompt or an answer
 _PLOTTED = ("size_bytes", "tokens_per_second", "kl_mean")
@@ -33,8 +33,19 @@ _OF_FULL_PRECISION = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement":
 
 
 @dataclass(frozen=True)
-class Row:
-    """One metric beside the champion's and full precision's."""
+class MetricRow:
+    """One metric next to the champion's and full precision's, as text.
+
+    Attributes:
+        label: what it is called.
+        means: what is measured, in one sentence.
+        value: of this version.
+        interval: that holds the true value with 95 % confidence, where there is one.
+        champion: the champion's value; empty without a champion.
+        reference: full precision's value, where it has one.
+        change: how it differs from the champion's.
+        state: what the gate says to the difference.
+    """
 
     label: str
     means: str
@@ -46,9 +57,58 @@ class Row:
     state: str
 
 
+@dataclass(frozen=True)
+class CategoryRow:
+    """How many answers of one category are right, as text.
+
+    Attributes:
+        name: of the category.
+        asked: how many questions it has.
+        share: of right answers.
+        interval: that holds the true share with 95 % confidence.
+        champion: the champion's share; empty without a champion.
+    """
+
+    name: str
+    asked: str
+    share: str
+    interval: str
+    champion: str
+
+
+@dataclass(frozen=True)
+class WorstAnswer:
+    """A wrong answer, next to what others said to the same question.
+
+    Attributes:
+        id: of the question.
+        category: of the question, in words.
+        level: how hard it is.
+        turns: role and text of each message.
+        wanted: what a right answer looks like.
+        answer: of this version.
+        marks: what else is wrong with it.
+        champion: the champion's answer, if there is one.
+        champion_right: whether that is right.
+        reference: full precision's answer, if there is one.
+    """
+
+    id: str
+    category: str
+    level: str
+    turns: tuple[tuple[str, str], ...]
+    wanted: str
+    answer: str
+    marks: tuple[str, ...]
+    champion: str | None
+    champion_right: bool
+    reference: str | None
+
+
 def write_report(
     evaluation: Evaluation,
-    evaluator: Evaluator,
+    facts: ModelFacts,
+    sets: Sets,
     out: Path,
     reference_answers: Mapping[str, str] | None = None,
 ) -> dict[str, Figure]:
@@ -56,7 +116,8 @@ def write_report(
 
     Args:
         evaluation: what was found.
-        evaluator: what it was found with.
+        facts: what the model is.
+        sets: what it was measured on.
         out: the version's folder.
         reference_answers: question id to the full-precision model's answer, where there are any.
 
@@ -66,8 +127,8 @@ def write_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     named = _named(evaluation)
-    digests = evaluator.sets.digests()
-    figures = _figures(evaluation, named, digests["texts_sha256"])
+    digests = sets.digests()
+    drawn = _plots(evaluation, named, digests["texts_sha256"])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -77,28 +138,28 @@ def write_report(
     )
     verdict = evaluation.verdict
     page = environment.get_template("report.html.j2").render(
-        profile=evaluator.profile,
+        facts=facts,
         version=evaluation.version,
         tags=registry.describe(evaluation.version).tags,
         verdict=verdict,
         champion=verdict.against,
         rows=metric_rows(evaluation),
         categories=category_rows(named),
-        plots={name: plots.svg(figure, name) for name, figure in figures.items()},
-        worst=worst_answers(evaluation, evaluator.questions, reference_answers or {}),
+        plots={name: plots.svg(plot, name) for name, plot in drawn.items()},
+        worst=worst_answers(evaluation, sets.questions, reference_answers or {}),
         sample=evaluation.measurement.sample,
-        hardware=evaluator.hardware,
+        hardware=hardware(),
         counts={
-            "questions": len(evaluator.questions),
-            "texts": len(evaluator.texts),
+            "questions": len(sets.questions),
+            "texts": len(sets.texts),
             "tokens": int(evaluation.measurement.metrics["scored_tokens"]),
-            "needles": len(evaluator.sets.fitting()),
+            "needles": len(sets.fitting()),
         },
         digests=digests,
         label=label,
     )
     (out / "report.html").write_text(page, "utf-8")
-    return figures
+    return drawn
 
 
 def _named(evaluation: Evaluation) -> dict[str, Measurement]:
@@ -111,7 +172,7 @@ def _named(evaluation: Evaluation) -> dict[str, Measurement]:
     return named
 
 
-def _figures(
+def _plots(
     evaluation: Evaluation, named: Mapping[str, Measurement], texts_sha256: str
 ) -> dict[str, Figure]:
     return {
@@ -122,7 +183,7 @@ def _figures(
     }
 
 
-def known_versions(evaluation: Evaluation, texts_sha256: str) -> list[plots.Known]:
+def known_versions(evaluation: Evaluation, texts_sha256: str) -> list[plots.KnownVersion]:
     """The versions of the registered model that were measured on the same texts.
 
     This one and the champion are shown as they were measured just now, others as their tags say.
@@ -142,30 +203,30 @@ def known_versions(evaluation: Evaluation, texts_sha256: str) -> list[plots.Know
             size, speed, kl = (float(values[key]) for key in _PLOTTED)
         except (KeyError, ValueError):  # never measured, or on something else
             continue
-        found.append(plots.Known(number, role, size, speed, kl, tags.get("algorithm", "")))
+        found.append(plots.KnownVersion(number, role, size, speed, kl, tags.get("algorithm", "")))
     return sorted(found, key=lambda known: int(known.number))
 
 
-def metric_rows(evaluation: Evaluation) -> list[Row]:
-    """Every metric that was measured, in the order of `FIGURES`, then what a judge says."""
+def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
+    """Every metric that was measured, in the order of `METRICS`, then what a judge says."""
     metrics = evaluation.measurement.metrics
     theirs = evaluation.champion.metrics if evaluation.champion else {}
     judged = {c.metric: c for c in evaluation.verdict.comparisons}
     rows = []
     judges = sorted(metric for metric in metrics if metric.startswith(JUDGE))
-    for metric in (*FIGURES, *judges):
+    for metric in (*METRICS, *judges):
         if metric not in metrics or metric == "perplexity_reference":
             continue
         reference = metrics.get(_FULL_PRECISION.get(metric, ""), _OF_FULL_PRECISION.get(metric))
         change, state = _change(metric, metrics[metric], theirs.get(metric), judged.get(metric))
         rows.append(
-            Row(
+            MetricRow(
                 label=label(metric),
-                means=FIGURES[metric].means if metric in FIGURES else "Share of the answers.",
-                value=write(metric, metrics[metric]),
+                means=METRICS[metric].means if metric in METRICS else "Share of the answers.",
+                value=formatted(metric, metrics[metric]),
                 interval=_interval(metric, evaluation.measurement.answers),
-                champion=write(metric, theirs[metric]) if metric in theirs else "",
-                reference="" if reference is None else write(metric, reference),
+                champion=formatted(metric, theirs[metric]) if metric in theirs else "",
+                reference="" if reference is None else formatted(metric, reference),
                 change=change,
                 state=state,
             )
@@ -173,8 +234,8 @@ def metric_rows(evaluation: Evaluation) -> list[Row]:
     return rows
 
 
-def category_rows(named: Mapping[str, Measurement]) -> list[dict[str, str]]:
-    """How many of each category are right, with the 95 % interval, beside the champion's.
+def category_rows(named: Mapping[str, Measurement]) -> list[CategoryRow]:
+    """How many of each category are right, with the 95 % interval, compared with the champion's.
 
     Args:
         named: the version's measurement, then the champion's if there is one.
@@ -185,13 +246,13 @@ def category_rows(named: Mapping[str, Measurement]) -> list[dict[str, str]]:
         found, asked = _share(mine, name)
         champion = f"{_share(others[0], name)[0].value:.0%}" if others else ""
         rows.append(
-            {
-                "name": name.replace("_", " "),
-                "asked": str(asked),
-                "share": f"{found.value:.0%}",
-                "interval": f"{found.low:.0%} – {found.high:.0%}",
-                "champion": champion,
-            }
+            CategoryRow(
+                name=name.replace("_", " "),
+                asked=str(asked),
+                share=f"{found.value:.0%}",
+                interval=f"{found.low:.0%} – {found.high:.0%}",
+                champion=champion,
+            )
         )
     return rows
 
@@ -216,19 +277,19 @@ def _change(
     metric: str, mine: float, theirs: float | None, judged: Comparison | None
 ) -> tuple[str, str]:
     """How it differs from the champion, and the state that decides its colour."""
-    if theirs is None or FIGURES[metric].better == "neither":
+    if theirs is None or METRICS[metric].better == "neither":
         return "", ""
     if mine == theirs:
         return "same", judged.state if judged else ""
     difference = mine - theirs
     sign = "+" if difference > 0 else "−"
-    return f"{sign}{write(metric, abs(difference))}", judged.state if judged else ""
+    return f"{sign}{formatted(metric, abs(difference))}", judged.state if judged else ""
 
 
 def worst_answers(
     evaluation: Evaluation, questions: Sequence[Question], reference: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """The wrong answers that matter most, beside those of others.
+) -> list[WorstAnswer]:
+    """The wrong answers that matter most, next to those of others.
 
     First those that the champion got right, then the easy questions, then those that never end.
     """
@@ -253,23 +314,23 @@ def worst_answers(
         question = asked[answer.question_id]
         other = theirs.get(answer.question_id)
         shown.append(
-            {
-                "id": question.id,
-                "category": question.category.replace("_", " "),
-                "level": question.level,
-                "turns": [(m.role, _cut(m.content)) for m in question.messages],
-                "wanted": describe(question.check),
-                "answer": _cut(answer.text),
-                "marks": _marks(answer),
-                "champion": _cut(other.text) if other else None,
-                "champion_right": bool(other and other.correct),
-                "reference": _cut(reference[question.id]) if question.id in reference else None,
-            }
+            WorstAnswer(
+                id=question.id,
+                category=question.category.replace("_", " "),
+                level=question.level,
+                turns=tuple((m.role, _cut(m.content)) for m in question.messages),
+                wanted=describe(question.check),
+                answer=_cut(answer.text),
+                marks=_marks(answer),
+                champion=_cut(other.text) if other else None,
+                champion_right=bool(other and other.correct),
+                reference=_cut(reference[question.id]) if question.id in reference else None,
+            )
         )
     return shown
 
 
-def _marks(answer: Answer) -> list[str]:
+def _marks(answer: Answer) -> tuple[str, ...]:
     marks = []
     if answer.finish_reason == "length":
         marks.append("cut off")
@@ -277,7 +338,7 @@ def _marks(answer: Answer) -> list[str]:
         marks.append("repeats itself")
     if not answer.text.strip():
         marks.append("empty")
-    return marks
+    return tuple(marks)
 
 
 def _cut(text: str) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What a figure is drawn in; in the page each becomes the variable of that name.
+# What a plot is drawn in; in the page each becomes the variable of that name.
 INK, MUTED, LINE, PAPER = "#1a1f2b", "#667085", "#e4e7ec", "#fefefe"
 VERSION, CHAMPION, OTHER = "#3361e0", "#d9822b", "#98a2b3"
 _VARIABLES = {
@@ -26,7 +26,7 @@ _VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownVersion:
     """A version in the registry, as far as its tags tell."""
 
     number: str
@@ -38,7 +38,7 @@ class Known:
 
 
 def svg(figure: Figure, salt: str) -> str:
-    """A figure as an inline SVG element; `salt` keeps the ids of two figures apart."""
+    """A plot as an inline SVG element; `salt` keeps the ids of two plots apart."""
     import matplotlib
 
     options: Any = {"svg.fonttype": "none", "svg.hashsalt": salt}
@@ -84,8 +84,8 @@ def _legend_above(axes: Axes) -> None:
     _legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def quality(versions: Sequence[Known]) -> Figure:
-    """Divergence against size and against speed, a dot a version."""
+def quality(versions: Sequence[KnownVersion]) -> Figure:
+    """Divergence against size and against speed, one dot per version."""
     figure, (left, right) = _figure(9.2, 3.3, 2)
     colours = {"version": VERSION, "champion": CHAMPION}
     for axes, value, name in (
@@ -112,7 +112,7 @@ def category_names(answers: Sequence[Answer]) -> list[str]:
 
 
 def categories(named: Mapping[str, Sequence[Answer]]) -> Figure:
-    """The share of right answers a category, with 95 % intervals.
+    """The share of right answers per category, with 95 % intervals.
 
     Args:
         named: answers of the version and, when there is one, of the champion.

@@ -1,4 +1,4 @@
-"""What a line of an evaluation or calibration file may hold."""
+"""One item of an evaluation or calibration set, as a row of a file holds it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from phi3_mlflow.evaluation.checks import Check, Line, Text
+from phi3_mlflow.evaluation.checks import Check, StrictModel, Text
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
 
 
-class Message(Line):
+class Message(StrictModel):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -26,7 +26,7 @@ def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-class Question(Line):
+class Question(StrictModel):
     """One question with a checkable answer; `quick` marks the subset of a quick run."""
 
     id: Identifier
@@ -40,7 +40,7 @@ class Question(Line):
     _ends_with_user = field_validator("messages")(_conversation)
 
 
-class HeldoutText(Line):
+class HeldoutText(StrictModel):
     """One document for perplexity and divergence."""
 
     id: Identifier
@@ -49,7 +49,7 @@ class HeldoutText(Line):
     quick: bool = False
 
 
-class CalibrationText(Line):
+class CalibrationText(StrictModel):
     """One calibration text, as plain `text` or as a conversation in `messages`."""
 
     id: Identifier
@@ -64,7 +64,7 @@ class CalibrationText(Line):
         return self
 
 
-class Needle(Line):
+class Needle(StrictModel):
     """A recipe for a long prompt with one sentence to find in it; see `build_needle_prompt`."""
 
     id: Identifier

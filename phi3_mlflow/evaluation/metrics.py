@@ -1,4 +1,4 @@
-"""What every figure of an evaluation is called, what it means, and how it is written.
+"""What every metric of an evaluation is called, what it means, and how it is written.
 
 The model card, the console and the report all take their words from here.
 """
@@ -47,7 +47,7 @@ def _count(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One metric, for people.
 
     Attributes:
@@ -63,62 +63,62 @@ class Figure:
     means: str
 
 
-FIGURES: Mapping[str, Figure] = {
-    "accuracy": Figure(
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(
         "questions answered right", _share, "higher", "Share of the questions whose answer passes."
     ),
-    "perplexity": Figure(
+    "perplexity": Metric(
         "perplexity", _two, "lower", "How surprised the model is by held-out text."
     ),
-    "perplexity_reference": Figure(
+    "perplexity_reference": Metric(
         "perplexity, full precision", _two, "neither", "The same of the full-precision reference."
     ),
-    "perplexity_ratio": Figure(
+    "perplexity_ratio": Metric(
         "perplexity / full precision", _three, "lower", "1 would be no loss at all."
     ),
-    "kl_mean": Figure(
+    "kl_mean": Metric(
         "KL divergence from full precision",
         _nats,
         "lower",
         "How far the next-token probabilities moved, averaged over held-out text.",
     ),
-    "top1_agreement": Figure(
+    "top1_agreement": Metric(
         "same likeliest token",
         _share,
         "higher",
         "How often the model and full precision would say the same next.",
     ),
-    "tokens_per_second": Figure(
+    "tokens_per_second": Metric(
         "speed, median", _rate, "higher", "Tokens of an answer over its whole time."
     ),
-    "tokens_per_second_p95": Figure(
+    "tokens_per_second_p95": Metric(
         "speed, slowest 5 %", _rate, "higher", "95 of 100 answers are at least this quick."
     ),
-    "time_to_first_token_s": Figure(
+    "time_to_first_token_s": Metric(
         "time to first token, median", _seconds, "lower", "From the request to the first piece."
     ),
-    "time_to_first_token_p95_s": Figure(
+    "time_to_first_token_p95_s": Metric(
         "time to first token, slowest 5 %", _seconds, "lower", "95 of 100 answers begin by then."
     ),
-    "latency_s": Figure("time of an answer, median", _seconds, "lower", "Request to last token."),
-    "latency_p95_s": Figure(
+    "latency_s": Metric("time of an answer, median", _seconds, "lower", "Request to last token."),
+    "latency_p95_s": Metric(
         "time of an answer, slowest 5 %", _seconds, "lower", "95 of 100 are done by then."
     ),
-    "peak_memory_bytes": Figure(
+    "peak_memory_bytes": Metric(
         "peak memory", _megabytes, "lower", "Of a process that does nothing but serve the model."
     ),
-    "size_bytes": Figure("size on disk", _megabytes, "lower", "The files of the model."),
-    "load_time_s": Figure("time to load", _seconds, "lower", "Until it could answer."),
-    "repetition_rate": Figure(
+    "size_bytes": Metric("size on disk", _megabytes, "lower", "The files of the model."),
+    "load_time_s": Metric("time to load", _seconds, "lower", "Until it could answer."),
+    "repetition_rate": Metric(
         "answers that repeat themselves", _share, "lower", "Caught in a loop of the same words."
     ),
-    "endless_rate": Figure(
+    "endless_rate": Metric(
         "answers cut off", _share, "lower", "Still going at the question's limit of tokens."
     ),
-    "needle_accuracy": Figure(
+    "needle_accuracy": Metric(
         "needles found in long prompts", _share, "higher", "One sentence hidden in a long text."
     ),
-    "scored_tokens": Figure("tokens scored", _count, "neither", "Held-out text."),
+    "scored_tokens": Metric("tokens scored", _count, "neither", "Held-out text."),
 }
 """In the order in which they are shown."""
 
@@ -136,17 +136,17 @@ HEADLINE = (
 """What a version's tags, its card and the console show."""
 
 
-def write(metric: str, value: float) -> str:
+def formatted(metric: str, value: float) -> str:
     """A value with its unit; what is not known is written with four digits."""
-    if metric in FIGURES:
-        return FIGURES[metric].write(value)
+    if metric in METRICS:
+        return METRICS[metric].write(value)
     return _share(value) if metric.startswith(("accuracy.", "judge.")) else f"{value:.4g}"
 
 
 def label(metric: str) -> str:
     """What a metric is called: `accuracy.facts` is "facts, answered right"."""
-    if metric in FIGURES:
-        return FIGURES[metric].label
+    if metric in METRICS:
+        return METRICS[metric].label
     head, _, category = metric.partition(".")
     if head == "accuracy" and category:
         return f"{category.replace('_', ' ')}, answered right"
@@ -155,8 +155,8 @@ def label(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def readable(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The headline figures among some metrics, as pairs of label and text.
+def headline(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The headline metrics among some, as pairs of label and text.
 
     The reference's perplexity is shown with the model's own.
     """
@@ -164,8 +164,8 @@ def readable(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     for metric in HEADLINE:
         if metric not in metrics or metric == "perplexity_reference":
             continue
-        text = write(metric, metrics[metric])
+        text = formatted(metric, metrics[metric])
         if metric == "perplexity" and (full := metrics.get("perplexity_reference")):
-            text += f" (full precision: {write(metric, full)})"
+            text += f" (full precision: {formatted(metric, full)})"
         lines.append((label(metric), text))
     return lines
