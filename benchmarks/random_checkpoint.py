@@ -135,7 +135,7 @@ def write_random_checkpoint(
     import torch
 
     from phi3_mlflow.checkpoints.writer import Announced, CheckpointWriter
-    from phi3_mlflow.quantization.quantize import COMPANIONS
+    from phi3_mlflow.quantization.description import COMPANIONS
 
     config = {**_COMMON, **MODELS[model]}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]

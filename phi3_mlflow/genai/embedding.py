@@ -7,7 +7,7 @@ import torch
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.genai.lazy import LazyArray
 from phi3_mlflow.quantization import packing
-from phi3_mlflow.quantization.quantize import CHUNK_WEIGHTS
+from phi3_mlflow.quantization.matrices import CHUNK_WEIGHTS
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
 
 

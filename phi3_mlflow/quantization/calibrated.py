@@ -19,9 +19,9 @@ from phi3_mlflow.checkpoints.writer import CheckpointWriter
 from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.gptq import gptq
+from phi3_mlflow.quantization.matrices import CHUNK_WEIGHTS, copy_tensor, write_linear
 from phi3_mlflow.quantization.packing import dequantize
-from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, Plan
-from phi3_mlflow.quantization.quantize import CHUNK_WEIGHTS, copy_tensor, write_linear
+from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, QuantizationPlan
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
 from phi3_mlflow.quantization.settings import GptqSettings
 
@@ -32,7 +32,7 @@ _BATCH = 4
 def quantize_calibrated(
     checkpoint: Path,
     reader: CheckpointReader,
-    plan: Plan,
+    plan: QuantizationPlan,
     settings: GptqSettings,
     writer: CheckpointWriter,
     meter: Meter,
@@ -85,7 +85,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_layer(plan: Plan) -> Iterator[tuple[int | None, list[LinearPlan | CopyPlan]]]:
+def _by_layer(plan: QuantizationPlan) -> Iterator[tuple[int | None, list[LinearPlan | CopyPlan]]]:
     group: list[LinearPlan | CopyPlan] = []
     current: int | None = None
     for step in plan.steps:

@@ -12,21 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.checkpoints.writer import CheckpointWriter
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
 from phi3_mlflow.core.progress import Progress, no_progress
+from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.calibration import calibration_sequences
+from phi3_mlflow.quantization.description import copy_companions, write_config
+from phi3_mlflow.quantization.matrices import copy_tensor, stream_linear, write_linear
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, make_plan
-from phi3_mlflow.quantization.quantize import (
-    QuantizationReport,
-    copy_companions,
-    copy_tensor,
-    make_report,
-    stream_linear,
-    write_config,
-    write_linear,
-)
+from phi3_mlflow.quantization.report import QuantizationReport, make_report
+from phi3_mlflow.quantization.rounding import Rounded, k_quant
 from phi3_mlflow.quantization.settings import GptqSettings
 
 
@@ -42,8 +40,6 @@ def quantize_with_optimum(
         EnvironmentProblem: optimum or gptqmodel is not installed.
         CheckpointRefused, UserError: as `quantize_checkpoint`.
     """
-    from phi3_mlflow.quantization.rounding import k_quant
-
     started = time.monotonic()
     quantizer_class = _optimum()
     config, reader = read_config(checkpoint), CheckpointReader(checkpoint)
@@ -85,7 +81,6 @@ def _optimum() -> Any:
 
 
 def _run(quantizer_class: Any, checkpoint: Path, directory: Path, settings: GptqSettings) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
@@ -115,11 +110,6 @@ def _take_over(
     gptqmodel and version 2's in others, so the label is not believed: symmetric zero points are 8,
     and the weights that result are compared with the original ones.
     """
-    import torch
-
-    from phi3_mlflow.quantization import packing
-    from phi3_mlflow.quantization.rounding import Rounded
-
     for name, announced in step.announced().items():
         if found.shape(name) != announced.shape:
             raise ProjectError(

@@ -81,7 +81,7 @@ class CopyPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """What becomes of a checkpoint; `steps` is in the order of writing.
 
     Attributes:
@@ -115,8 +115,8 @@ class Plan:
 
 def make_plan(
     config: Mapping[str, Any], reader: CheckpointReader, settings: QuantizationSettings
-) -> Plan:
-    """Plan the quantization of a Phi-3 checkpoint.
+) -> QuantizationPlan:
+    """QuantizationPlan the quantization of a Phi-3 checkpoint.
 
     Args:
         config: its `config.json`.
@@ -141,7 +141,7 @@ def make_plan(
     if problems:
         raise UserError(problem_list(f"the settings do not fit {reader.directory}", problems))
     steps = _order(reader, linears, tied)
-    return Plan(tuple(steps), tied, embedding_bits, shared, layers)
+    return QuantizationPlan(tuple(steps), tied, embedding_bits, shared, layers)
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:

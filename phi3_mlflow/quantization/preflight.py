@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import EnvironmentProblem, problem_list
-from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, Plan, make_plan
+from phi3_mlflow.core.machine import available_memory, free_disk
+from phi3_mlflow.quantization.plan import (
+    EMBEDDING,
+    CopyPlan,
+    LinearPlan,
+    QuantizationPlan,
+    make_plan,
+)
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 
 # Resident size of Python with torch, transformers, onnx and the builder loaded, measured.
@@ -83,7 +89,7 @@ def preflight(
     """
     needed = needs(checkpoint, settings)
     memory = available_memory() if memory_available is None else memory_available
-    disk = _available_disk(out_dir) if disk_available is None else disk_available
+    disk = free_disk(out_dir) if disk_available is None else disk_available
     problems, ways = [], []
     if memory is not None and memory < needed.memory:
         problems.append(f"memory: {_gib(needed.memory)} needed, {_gib(memory)} available")
@@ -109,62 +115,28 @@ def preflight(
     return needed
 
 
-def available_memory() -> int | None:
-    """Bytes that a process can still take, by the system and by the control group if it limits."""
-    found = [value for value in (_system_memory(), _group_memory()) if value is not None]
-    return min(found) if found else None
-
-
-def _system_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):
-            return None
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-    return sizes.get("MemAvailable", sizes.get("MemFree"))
-
-
-def _group_memory() -> int | None:
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)
-
-
-def _available_disk(directory: Path) -> int:
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
-
-
-def _onnx_bytes(step: LinearPlan | CopyPlan, plan: Plan) -> int:
+def _onnx_bytes(step: LinearPlan | CopyPlan, plan: QuantizationPlan) -> int:
     """The size of what a step becomes in the ONNX file."""
     if isinstance(step, LinearPlan):
         weights = step.rows * step.columns * step.bits // 8
         scales = step.rows * step.blocks * 4
         return weights + scales + (0 if step.symmetric else step.rows * step.blocks)
-    count = 1
-    for size in step.tensor.shape:
-        count *= size
-    if step.name == "model.embed_tokens.weight" and plan.embedding_bits:
+    count = math.prod(step.tensor.shape)
+    if step.name == EMBEDDING and plan.embedding_bits:
         return 0 if plan.shared_embedding else count
     return count * 4
 
 
-def _calibration_bytes(reader: CheckpointReader, plan: Plan, settings: GptqSettings) -> int:
+def _calibration_bytes(
+    reader: CheckpointReader, plan: QuantizationPlan, settings: GptqSettings
+) -> int:
     """A layer in float32 and its codes, second moments with scratch, and the texts' activations."""
     layer = [step for step in plan.linears() if step.layer == 0]
     weights = sum(step.rows * step.columns for step in layer)
     widest = max(step.columns for step in layer)
     hidden = layer[0].columns
     activations = settings.calibration_tokens * (3 * hidden + widest) * 4
-    embedding = reader.entry("model.embed_tokens.weight").nbytes
+    embedding = reader.entry(EMBEDDING).nbytes
     return 5 * weights + 4 * max(s.rows * s.columns for s in layer) * 2 + (
         4 * widest * widest * 4 + activations + embedding
     )  # fmt: skip

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from phi3_mlflow.core.errors import EnvironmentProblem
+from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.genai.export import export_onnx
-from phi3_mlflow.quantization.preflight import available_memory, needs, preflight
+from phi3_mlflow.quantization.preflight import needs, preflight
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import GptqSettings, RtnSettings
 
