@@ -22,7 +22,7 @@ PYTHON ?=
 SETUP   = python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/setup_venv.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak lint setup setup-dev readme lock clean
+.PHONY: help run test check soak lint setup setup-dev generate lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,12 +31,12 @@ run: setup  ## the whole pipeline on PROFILE (default smollm2-135m), through `ml
 	@mlflow run . -e main --env-manager local --experiment-name "$(EXPERIMENT)" \
 		-P profile="$(PROFILE)" $(ARGS)
 
-test: lint  ## everything: checks, generated documentation, all tests
-	@python tools/readme_tables.py --check
+test: lint  ## everything: checks, generated files, all tests
+	@python tools/generate.py --check
 	@python -m pytest $(PYTEST)
 
 check: lint  ## what takes about a minute: checks and the fast tests
-	@python tools/readme_tables.py --check
+	@python tools/generate.py --check
 	@python -m pytest -m "not slow" -q $(PYTEST)
 
 soak: setup-dev  ## half an hour of kills at random moments, and what they leave (nothing)
@@ -53,8 +53,8 @@ setup:  ## .venv with what the pipeline needs, and nothing else done
 setup-dev:  ## .venv with what the tests and the checks need, too
 	@$(SETUP) dev
 
-readme: setup-dev  ## write the generated tables of README.md and docs/ again
-	@python tools/readme_tables.py
+generate: setup-dev  ## write MLproject and the generated parts of the documents again
+	@python tools/generate.py
 
 # What installs .venv reads the lock, so a lock that fell behind must not stop it: any uv will do.
 lock: | $(VENV)/bin/uv  ## resolve conda.yaml and requirements/ again and write the constraints files

@@ -13,8 +13,8 @@ A benchmark script ends with one call::
     )
 
 The file has the keys ``title``, ``date``, ``machine``, ``versions``, ``table`` (``columns`` and
-``rows``), ``notes`` and, where given, ``extra`` (raw figures; never shown in the README).
-``tools/readme_tables.py`` makes of it the README's block between the markers ``benchmark:NAME``.
+``rows``), ``notes`` and, where given, ``extra`` (raw figures; never shown in a document).
+``tools/generate.py`` makes of it the block between the markers ``benchmark:NAME`` in docs/.
 """
 
 from __future__ import annotations

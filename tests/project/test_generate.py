@@ -1,4 +1,4 @@
-"""The generated tables: made from their sources, and up to date in the documents."""
+"""What is generated, MLproject and tables: made from its sources, and up to date in the files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ between
 
 @pytest.fixture(scope="module")
 def tables(tool) -> ModuleType:
-    return tool("readme_tables")
+    return tool("generate")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,33 @@ def test_the_example_that_repeats_main_is_generated(tables, project, capsys):
     assert tables.main([], project) == 0
     assert example.read_text() == "name: p\nentry_points:\n  main:" + MLPROJECT.split("  log:")[1]
     assert tables.main(["--check"], project) == 0
+
+
+printable = st.text(st.characters(min_codepoint=32, max_codepoint=126))
+
+
+@given(
+    st.dictionaries(st.sampled_from(["profile", "block_size", "port"]), printable, min_size=1),
+    printable,
+)
+def test_a_project_file_says_what_the_commands_are(tool, defaults, default):
+    """Whatever a default is: YAML reads it as the same text."""
+    defaults["last"] = default
+    content = yaml.safe_load(tool("generate").project_text({"fetch": tuple(defaults)}, defaults))
+    entry = content["entry_points"]["fetch"]
+    assert content["conda_env"] == "conda.yaml"
+    assert {n: spec["default"] for n, spec in entry["parameters"].items()} == defaults
+    assert {spec["type"] for spec in entry["parameters"].values()} == {"string"}
+    options = " ".join(f"--{name.replace('_', '-')} {{{name}}}" for name in defaults)
+    assert entry["command"] == f"python -m steps.fetch {options}"
+
+
+def test_a_headline_without_its_figure_is_an_error(tables, project, capsys):
+    (project / "README.md").write_text(
+        "<!-- BEGIN generated: headlines -->\n<!-- END generated: headlines -->\n"
+    )
+    assert tables.main([], project) == 2
+    assert "a headline has no figure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
