@@ -1,9 +1,7 @@
 """Look after the cache of step outputs: list it, check it, make it smaller."""
 
-from phi3_mlflow.pipeline.command_line import command
-from phi3_mlflow.stages import cache
+from phi3_mlflow.pipeline.command_line import run_script
+from phi3_mlflow.stages.cache import COMMAND
 
 if __name__ == "__main__":
-    command("cache", cache.PARAMETERS, cache.__doc__, cache.main).main(
-        prog_name="python -m steps.cache"
-    )
+    run_script(COMMAND)

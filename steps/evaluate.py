@@ -1,7 +1,7 @@
 """Measure versions against the full-precision checkpoint, and say whether they pass the gate."""
 
 from phi3_mlflow.pipeline.command_line import run_script
-from phi3_mlflow.stages import evaluate
+from phi3_mlflow.stages.evaluate import STEP
 
 if __name__ == "__main__":
-    run_script(evaluate.STEP, evaluate.__doc__)
+    run_script(STEP)

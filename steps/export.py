@@ -1,7 +1,7 @@
 """Export a checkpoint to a directory that onnxruntime-genai opens, and check what was built."""
 
 from phi3_mlflow.pipeline.command_line import run_script
-from phi3_mlflow.stages import export
+from phi3_mlflow.stages.export import STEP
 
 if __name__ == "__main__":
-    run_script(export.STEP, export.__doc__)
+    run_script(STEP)

@@ -1,7 +1,7 @@
 """Log the model to MLflow, in the ONNX flavor, the transformers flavor, or both."""
 
 from phi3_mlflow.pipeline.command_line import run_script
-from phi3_mlflow.stages import log
+from phi3_mlflow.stages.log import STEP
 
 if __name__ == "__main__":
-    run_script(log.STEP, log.__doc__)
+    run_script(STEP)

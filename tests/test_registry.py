@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EnvironmentProblem, GateRefused, UserError
-from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.registry import CHAMPION, VersionName, promote, rollback
+from phi3_mlflow.tracking import promotion, registry
+from phi3_mlflow.tracking.promotion import promote, rollback
+from phi3_mlflow.tracking.registry import CHAMPION, VersionName
 from tests.conftest import ROOT, Workspace
 from tests.fixtures.postgres import missing_postgres, running_postgres
 
@@ -40,7 +41,7 @@ def champion() -> str | None:
 class TestOneAtATime:
     def test_a_passed_version_becomes_champion_and_says_why(self) -> None:
         add({**PASSED, "gate_reasons": "all thresholds are kept"})
-        done = promote(version(1), force=False)
+        done = promote(version(1), overrule=False)
         assert (done.moved, champion()) == (True, "1")
         tags = registry.describe(version(1)).tags
         assert tags["promotion_reason"] == "all thresholds are kept"
@@ -48,30 +49,30 @@ class TestOneAtATime:
         assert tags["promoted_from"] == ""
         assert "@" in tags["promoted_by"]
         assert tags["promoted_at"].startswith("20")
-        assert registry.CLAIM not in registry.client().get_registered_model(NAME).tags
+        assert promotion.CLAIM not in registry.client().get_registered_model(NAME).tags
 
     def test_again_changes_nothing(self) -> None:
         add(PASSED)
-        promote(version(1), force=False)
+        promote(version(1), overrule=False)
         before = registry.describe(version(1)).tags
-        assert not promote(version(1), force=False).moved
+        assert not promote(version(1), overrule=False).moved
         assert registry.describe(version(1)).tags == before
 
     def test_the_same_model_again_changes_nothing(self) -> None:
         same = {"artifact_sha256": "ab" * 32}
         add({**PASSED, **same}, {**PASSED, **same})
-        promote(version(1), force=False)
-        done = promote(version(2), force=False)
+        promote(version(1), overrule=False)
+        done = promote(version(2), overrule=False)
         assert (done.moved, champion()) == (False, "1")
         assert "the same model" in done.reason
 
     def test_what_failed_is_refused_and_forcing_is_recorded(self) -> None:
         add(PASSED, {"gate": "failed", "gate_reasons": "kl_mean is 9"})
-        promote(version(1), force=False)
+        promote(version(1), overrule=False)
         with pytest.raises(GateRefused, match=r"stays with version 1\.\nkl_mean is 9"):
-            promote(version(2), force=False)
+            promote(version(2), overrule=False)
         assert champion() == "1"
-        promote(version(2), force=True)
+        promote(version(2), overrule=True)
         tags = registry.describe(version(2)).tags
         assert (champion(), tags["promotion_forced"], tags["promoted_from"]) == ("2", "true", "1")
         assert rollback(NAME).champion == version(1)
@@ -81,49 +82,49 @@ class TestOneAtATime:
 
     def test_a_verdict_on_another_champion_does_not_count(self) -> None:
         add(PASSED, PASSED)
-        promote(version(1), force=False)
+        promote(version(1), overrule=False)
         with pytest.raises(UserError, match=r"compared with no champion.*now version 1"):
-            promote(version(2), force=False)
+            promote(version(2), overrule=False)
         registry.set_tags(version(2), {"gate_against": "1"})
-        assert promote(version(2), force=False).moved
+        assert promote(version(2), overrule=False).moved
 
     def test_a_version_that_nothing_speaks_for_leaves_the_champion(self) -> None:
         keep = {"gate_decision": "keep", "gate_against": "1", "gate_reasons": "chance"}
         add(PASSED, {**PASSED, **keep})
-        promote(version(1), force=False)
-        done = promote(version(2), force=False)
+        promote(version(1), overrule=False)
+        done = promote(version(2), overrule=False)
         assert (done.moved, done.champion, champion()) == (False, version(1), "1")
         assert "chance" in done.reason
 
     def test_a_champion_is_compared_with_the_one_before_it(self) -> None:
         add(PASSED, {**PASSED, "gate_against": "1"})
         assert registry.champion_to_beat(version(1)) is None
-        promote(version(1), force=False)
+        promote(version(1), overrule=False)
         assert registry.champion_to_beat(version(1)) is None
         assert registry.champion_to_beat(version(2)) == version(1)
-        promote(version(2), force=False)
+        promote(version(2), overrule=False)
         assert registry.champion_to_beat(version(2)) == version(1)
 
     def test_an_alias_that_moved_meanwhile_is_not_moved_over(self) -> None:
         add(PASSED, PASSED, PASSED)
         registry.set_alias(version(3), CHAMPION)
         with pytest.raises(EnvironmentProblem, match="moved from version 1 to 3"):
-            registry._move(version(2), "1", "late", forced=False)
+            promotion._move(version(2), "1", "late", forced=False)
         assert champion() == "3"
         assert "promoted_at" not in registry.describe(version(2)).tags
 
     def test_the_claim_of_someone_who_died_is_void(self) -> None:
         add(PASSED)
         client = registry.client()
-        client.set_registered_model_tag(NAME, registry.CLAIM, f"dead {time.time() - 3600}")
-        assert promote(version(1), force=False).moved
+        client.set_registered_model_tag(NAME, promotion.CLAIM, f"dead {time.time() - 3600}")
+        assert promote(version(1), overrule=False).moved
 
     def test_a_claim_is_waited_for_and_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         add(PASSED)
-        registry.client().set_registered_model_tag(NAME, registry.CLAIM, f"x {time.time() + 60}")
-        monkeypatch.setattr(registry, "_CLAIM_SECONDS", 0.1)
+        registry.client().set_registered_model_tag(NAME, promotion.CLAIM, f"x {time.time() + 60}")
+        monkeypatch.setattr(promotion, "_CLAIM_SECONDS", 0.1)
         with pytest.raises(EnvironmentProblem, match="others are promoting"):
-            promote(version(1), force=False)
+            promote(version(1), overrule=False)
         assert champion() is None
 
 
@@ -132,14 +133,14 @@ class TestOneAtATime:
 PROMOTE = """
 import sys, time
 from pathlib import Path
-from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking import promotion, registry
 from phi3_mlflow.pipeline.command_line import guarded
 version = registry.VersionName("m", sys.argv[1])
 registry.describe(version)  # connected, and everything imported
 Path(sys.argv[3]).touch()
 while not Path(sys.argv[4]).exists():
     time.sleep(0.005)
-sys.exit(guarded("promote", lambda: registry.promote(version, force=sys.argv[2] == "force")))
+sys.exit(guarded("promote", lambda: promotion.promote(version, overrule=sys.argv[2] == "overrule")))
 """
 
 
@@ -200,7 +201,7 @@ def test_two_promotions_at_once(
         uri = request.getfixturevalue("postgres")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     add(PASSED, *({**PASSED, "gate_against": "1"} for _ in range(4)))
-    promote(version(1), force=False)
+    promote(version(1), overrule=False)
 
     # Both were better than version 1. One takes its place; the other is told that it was not
     # compared with the champion there is now.
@@ -216,11 +217,11 @@ def test_two_promotions_at_once(
     assert "Traceback" not in told
 
     # Both are forced: one after the other, and the way back leads through both.
-    ends = at_once(workspace, uri, (4, 5), "force")
+    ends = at_once(workspace, uri, (4, 5), "overrule")
     assert [code for code, _ in ends] == [0, 0], ends
     last = champion()
     other = "4" if last == "5" else "5"
     assert registry.describe(VersionName(NAME, str(last))).tags["promoted_from"] == other
     assert registry.describe(VersionName(NAME, other)).tags["promoted_from"] == str(winner)
-    assert registry.CLAIM not in registry.client().get_registered_model(NAME).tags
+    assert promotion.CLAIM not in registry.client().get_registered_model(NAME).tags
     assert rollback(NAME).champion == VersionName(NAME, other)

@@ -17,24 +17,30 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from phi3_mlflow.artifacts.manifests import sha256_of_file
+from phi3_mlflow.core.shipped import PACKAGE
 
-SOURCE = Path(__file__).resolve().parents[2]
-"""The folder that holds the packages."""
-
-PACKAGES = ("phi3_mlflow",)
+SOURCE = PACKAGE.parent
+"""The folder that holds the package."""
 
 NEUTRAL_MODULES = {
     "phi3_mlflow": "the version number, and a switch of MLflow's",
-    "phi3_mlflow.pipeline.command_line": "reads options; their values are in the key as settings",
-    "phi3_mlflow.artifacts.code_keys": "makes the key",
-    "phi3_mlflow.core.console": "shows progress",
-    "phi3_mlflow.core.errors": "words and exit codes of failures, which leave no output",
-    "phi3_mlflow.config.parameters": "reads parameters; their values are in the key as settings",
-    "phi3_mlflow.pipeline.runner": "calls steps; what it hands over is in the key as inputs",
-    "phi3_mlflow.config.profile": "reads profiles; their values are in the key as settings",
-    "phi3_mlflow.core.meter": "measures time and memory",
-    "phi3_mlflow.pipeline.step": "carries a step out; what it hands over is in the key",
     "phi3_mlflow.artifacts.cache": "keeps outputs, compared with their hashes",
+    "phi3_mlflow.artifacts.code_keys": "makes the key",
+    "phi3_mlflow.artifacts.inputs": "holds inputs; their digests are in the key",
+    "phi3_mlflow.config.loading": "reads profiles; their values are in the key as settings",
+    "phi3_mlflow.config.parameters": "reads parameters; their values are in the key as settings",
+    "phi3_mlflow.config.profile": "holds settings; their values are in the key",
+    "phi3_mlflow.core.console": "shows remarks",
+    "phi3_mlflow.core.errors": "words and exit codes of failures, which leave no output",
+    "phi3_mlflow.core.machine": "measures the machine; a step refuses to start, or works the same",
+    "phi3_mlflow.core.meter": "measures time and memory",
+    "phi3_mlflow.core.metrics": "makes metrics of reports, which are logged beside the output",
+    "phi3_mlflow.core.progress": "shows progress",
+    "phi3_mlflow.pipeline.command": "what an entry point is; says nothing of outputs",
+    "phi3_mlflow.pipeline.inputs": "finds inputs; their digests are in the key",
+    "phi3_mlflow.pipeline.runner": "calls steps; what it hands over is in the key as inputs",
+    "phi3_mlflow.pipeline.step": "carries a step out; what it hands over is in the key",
+    "phi3_mlflow.tracking.connection": "finds the tracking store, whose identity is in the key",
     "phi3_mlflow.tracking.runs": "records the run of a step beside its output",
 }
 """Modules that cannot change what a step makes, with the reason. Neither they nor what they import
@@ -52,6 +58,9 @@ NEUTRAL_LIBRARIES = {
     "yaml": "reads profiles; their values are in the key as settings",
 }
 """Libraries, by the name they are imported under, that cannot change what a step makes."""
+
+COMPUTES_BEHIND = {"onnxruntime_genai": ("onnxruntime",)}
+"""Libraries that an imported one computes with, so that they decide an output, too."""
 
 DISTRIBUTIONS = {"google": "protobuf", "yaml": "PyYAML", "jinja2": "Jinja2"}
 """Distributions whose name is not that of their module (`_` and `-` are the same to pip)."""
@@ -113,6 +122,7 @@ def closure(roots: tuple[str, ...], source: Path = SOURCE) -> Closure:
             found[name] = module
             waiting += module.own
     libraries = {library for module in found.values() for library in module.libraries}
+    libraries |= {behind for library in libraries for behind in COMPUTES_BEHIND.get(library, ())}
     files = {module.file for module in found.values()}
     files |= {beside for file in files for beside in _data_beside(file)}
     return Closure(
@@ -120,6 +130,12 @@ def closure(roots: tuple[str, ...], source: Path = SOURCE) -> Closure:
         tuple(sorted(file.relative_to(source).as_posix() for file in files)),
         tuple(sorted(map(distribution, libraries - NEUTRAL_LIBRARIES.keys()))),
     )
+
+
+def library_versions(closures: Iterable[Closure]) -> dict[str, str]:
+    """The libraries that decide some outputs, with the versions installed here."""
+    names = {name for each in closures for name in each.libraries}
+    return {name: version_of(name) for name in sorted(names)}
 
 
 def distribution(library: str) -> str:
@@ -143,7 +159,7 @@ def _read(name: str, source: Path) -> _Module | None:
     own, libraries = set(), set()
     for imported in _imports(ast.parse(file.read_text("utf-8")), package):
         top = imported.partition(".")[0]
-        if top in PACKAGES:
+        if top == PACKAGE.name:
             own.add(imported)
         elif top not in sys.stdlib_module_names:
             libraries.add(top)

@@ -8,9 +8,12 @@ here, and `auto` stands for "as the profile says" or "what the preceding step le
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
-from phi3_mlflow.config.profile import Profile, load_profile
+from phi3_mlflow.config.loading import find_profile, load_profile
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError, problem_list
 
 AUTO = "auto"
@@ -62,8 +65,10 @@ _ALL = (
     Parameter("version", "a version's number or models:/ URI; auto: the alias challenger"),
     Parameter("action", "promote, or rollback to the champion before", "promote",
               choices=("promote", "rollback")),
-    Parameter("force", "promote: true moves the alias in spite of the gate; "
-              "elsewhere: do the step again although its output is there", "false"),
+    Parameter("overrule", "true: move the alias in spite of the gate", "false",
+              choices=("true", "false")),
+    Parameter("force", "true: do it again although the output is there; main also takes all, or "
+              "the name of a step", "false"),
     Parameter("input", "score: the file of rows, .jsonl, .csv or .parquet; has to be given"),
     Parameter("output", "score: the file to write, of the same format; has to be given"),
     Parameter("engine", "score: local, or spark (Apache Spark)", "local",
@@ -96,24 +101,51 @@ _ALL = (
               choices=("true", "false")),
 )  # fmt: skip
 PARAMETERS: Mapping[str, Parameter] = {parameter.name: parameter for parameter in _ALL}
-SHARED = ("profile", "force", "quiet")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asked a step for: the profile with its overrides, and the other parameters."""
+    """What somebody asked an entry point for.
+
+    Attributes:
+        profile: with the overrides laid over it.
+        values: the parameters, as given; what is not given has its default.
+        results: what the steps before made, by parameter name, when `main` does the asking.
+    """
 
     profile: Profile
     values: Mapping[str, str]
+    results: Mapping[str, object] = field(default_factory=dict)
 
     def value(self, name: str) -> str:
+        """A parameter's text."""
         return self.values.get(name, PARAMETERS[name].default)
 
     def is_auto(self, name: str) -> bool:
+        """Whether a parameter is left to the profile, or to what the step before made."""
         return self.value(name) == AUTO
 
     def flag(self, name: str) -> bool:
+        """Whether a parameter that is true or false is true."""
         return self.value(name) == "true"
+
+    def handed(self, name: str, kind: type[T]) -> T | None:
+        """What a step before handed over for a parameter, or None when nothing was.
+
+        Raises:
+            TypeError: it is of another kind; the sequence is wrong.
+        """
+        result = self.results.get(name)
+        if result is not None and not isinstance(result, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, found {type(result).__name__}")
+        return result
+
+    @property
+    def base_directory(self) -> Path:
+        """What a relative path in the profile counts from: the folder of the profile's file."""
+        return find_profile(self.value("profile")).absolute().parent
 
 
 def read_request(

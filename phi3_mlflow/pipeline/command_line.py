@@ -1,4 +1,4 @@
-"""The command line of a step: its options, its exit code, its errors."""
+"""The command line of an entry point: its options, its exit code, its errors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from phi3_mlflow.artifacts.cache import is_full_disk
-from phi3_mlflow.config.parameters import PARAMETERS, Request, read_request
+from phi3_mlflow.config.parameters import PARAMETERS, read_request
 from phi3_mlflow.core import console
+from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DIFFERENT,
@@ -21,29 +22,14 @@ from phi3_mlflow.core.errors import (
     EXIT_GATE,
     ProjectError,
 )
-from phi3_mlflow.pipeline.step import Step, carry_out
-from phi3_mlflow.tracking.runs import summary_line
+from phi3_mlflow.pipeline.command import Command
 
 
-def command(
-    name: str,
-    parameters: tuple[str, ...],
-    manual: str | None,
-    do: Callable[[Request], object],
-    choices: Mapping[str, tuple[str, ...]] | None = None,
-) -> click.Command:
-    """A click command whose options are a step's parameters.
-
-    Args:
-        name: the step's name.
-        parameters: the names it takes.
-        manual: the script's docstring.
-        do: is called with the checked request.
-        choices: allowed values that depend on the step.
-    """
+def click_command(command: Command) -> click.Command:
+    """A click command whose options are an entry point's parameters."""
 
     def callback(**values: str) -> None:
-        sys.exit(guarded(name, lambda: do(read_request(parameters, values, choices))))
+        sys.exit(guarded(command.name, lambda: _run(command, values)))
 
     options = [
         click.Option(
@@ -53,10 +39,21 @@ def command(
             metavar="TEXT",
             help=PARAMETERS[parameter].help,
         )
-        for parameter in parameters
+        for parameter in command.parameters
     ]
-    help_text = "\b\n" + (manual or "").strip().replace("\n\n", "\n\n\b\n")
-    return _Command(name, callback=callback, params=list(options), help=help_text)
+    help_text = "\b\n" + command.manual.replace("\n\n", "\n\n\b\n")
+    return _Command(command.name, callback=callback, params=list(options), help=help_text)
+
+
+def _run(command: Command, values: Mapping[str, str]) -> None:
+    request = read_request(command.parameters, values, command.choices)
+    console.set_quiet(request.flag("quiet"))
+    command.run(request)
+
+
+def run_script(command: Command) -> None:
+    """What a script in `steps/` does: parse the command line and go."""
+    click_command(command).main(prog_name=f"python -m steps.{command.name}")
 
 
 class _Command(click.Command):
@@ -68,19 +65,6 @@ class _Command(click.Command):
         except click.UsageError:
             _summarize(str(self.name), EXIT_BAD_INPUT)
             raise
-
-
-def step_command(step: Step, manual: str | None) -> click.Command:
-    """The command line of one step."""
-    choices = {"force": ("true", "false")}
-    return command(
-        step.name, step.all_parameters, manual, lambda request: _carry_out(step, request), choices
-    )
-
-
-def _carry_out(step: Step, request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    carry_out(step, request)
 
 
 def guarded(name: str, do: Callable[[], object]) -> int:
@@ -154,8 +138,3 @@ def _stop_on_terminate() -> None:
 
     if sys.platform != "win32":
         signal.signal(signal.SIGTERM, stop)
-
-
-def run_script(step: Step, manual: str | None) -> Any:
-    """What a step's script does when it is run: parse the command line and go."""
-    return step_command(step, manual).main(prog_name=f"python -m steps.{step.name}")

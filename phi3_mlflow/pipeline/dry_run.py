@@ -10,7 +10,8 @@ from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.pipeline.runner import for_step
-from phi3_mlflow.pipeline.step import Outcome, Plan, Step, hit, plan, slot
+from phi3_mlflow.pipeline.sequence import Part, follow, needed
+from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, find_hit, plan
 
 
 class Unknown(Exception):
@@ -48,32 +49,37 @@ class DryRun:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._store = StepCache()
+        self._cache = StepCache()
         self.forecasts: list[Forecast] = []
 
     def go_on_with(self, profile: Profile) -> None:
         """Take another profile for the steps that are left."""
         self._request = replace(self._request, profile=profile)
 
-    def run(self, step: Step, **given: str) -> Outcome:
+    @property
+    def profile(self) -> Profile:
+        """The profile that the next step is given."""
+        return self._request.profile
+
+    def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Foretell a step.
 
         Raises:
             Unknown: it would run, so what the steps after it are given is not known.
         """
-        request = for_step(self._request, step, given)
-        planned = plan(step, request, self._store)
-        entry = hit(planned, self._store)
+        request = for_step(self._request, step, results)
+        planned = plan(step, request, self._cache)
+        entry = find_hit(planned, self._cache)
         if entry is None:
             last = self._last(step)
             why = reason(planned, last, request.flag("force"))
-            foreseen = step.foresee(request, planned.inputs) if step.foresee else None
+            foreseen = step.foresee(request, planned.inputs)
             self.forecasts.append(Forecast(step.name, why, last, foreseen))
             raise Unknown
         self.forecasts.append(Forecast(step.name, None, entry))
-        return Outcome(step.name, entry, True, str(entry.origin.get("run_id", "")))
+        return Outcome(step, entry, True, str(entry.origin.get("run_id", "")))
 
-    def rest(self, steps: Sequence[Step]) -> None:
+    def rest(self, steps: Sequence[Step[Any, Any]]) -> None:
         """Add the steps that come after the first that would run."""
         known = {forecast.step for forecast in self.forecasts}
         for step in steps:
@@ -81,13 +87,23 @@ class DryRun:
                 why = "its input would be new"
                 self.forecasts.append(Forecast(step.name, why, self._last(step)))
 
-    def _last(self, step: Step) -> Entry | None:
-        return self._store.latest(self._request.profile.name, step.name, slot(step.name))
+    def _last(self, step: Step[Any, Any]) -> Entry | None:
+        return self._cache.latest(self._request.profile.name, step.name, step.slot)
 
 
-def reason(planned: Plan, last: Entry | None, forced: bool) -> str:
+def foretell(parts: Sequence[Part], request: Request) -> list[Forecast]:
+    """What following a sequence would do, step by step."""
+    dry = DryRun(request)
+    try:
+        follow(parts, dry)
+    except Unknown:
+        dry.rest(needed(parts, request.profile))
+    return dry.forecasts
+
+
+def reason(planned: PlannedStep[Any], last: Entry | None, forced: bool) -> str:
     """Why a planned step has to run, given what it last left for this profile."""
-    if planned.step.always:
+    if not planned.step.cached:
         return "it looks for itself whether there is something to do"
     if forced:
         return "forced"

@@ -12,13 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.artifacts.manifests import FileEntry, Manifest
 from phi3_mlflow.artifacts.provenance import content_manifest, read_provenance
-from phi3_mlflow.config.profile import CALIBRATION, Profile
+from phi3_mlflow.config.loading import CALIBRATION
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
 
 METADATA_KEY = "recipe"
+MADE_BY = ("fetch", "quantize", "export")
+"""The steps that make an artifact, from its source on."""
 # What says how a model is judged, or how long a download may take, and decides no byte of it; and
 # the search for a quantization, whose outcome stands in the provenance.
 _DECIDES_NOTHING = {"evaluation", "gate", "search", "time_limit_s", "registered_model"}
@@ -74,9 +78,12 @@ class Recipe:
             raise UserError(f"{uri}: its recipe cannot be read: {error!r}") from error
 
 
-def recipe_of(
-    profile: Profile, directory: Path, base_dir: Path, libraries: Mapping[str, str]
-) -> Recipe | None:
+def artifact_libraries() -> dict[str, str]:
+    """The libraries that decide the bytes of an artifact, with their versions here."""
+    return library_versions(closure((f"phi3_mlflow.stages.{step}",)) for step in MADE_BY)
+
+
+def recipe_of(profile: Profile, directory: Path, base_dir: Path) -> Recipe | None:
     """The recipe of an artifact that is about to be logged.
 
     Where the artifact's provenance and the profile differ, the provenance counts: the steps before
@@ -86,7 +93,6 @@ def recipe_of(
         profile: that it is logged with.
         directory: the artifact, with its provenance.
         base_dir: what a relative `file:` source counts from.
-        libraries: distribution to version.
 
     Returns:
         None when the provenance does not say where the artifact came from.
@@ -109,7 +115,7 @@ def recipe_of(
         content["quantization"] = quantization
     else:
         content["quantization"].pop("calibration", None)
-    return Recipe(content, sha256, content_manifest(directory), dict(libraries))
+    return Recipe(content, sha256, content_manifest(directory), artifact_libraries())
 
 
 def _pinned(source: str, revision: str, base_dir: Path) -> str:

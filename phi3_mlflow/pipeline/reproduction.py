@@ -20,10 +20,11 @@ from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.manifests import Manifest, sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError
+from phi3_mlflow.core.git import DIRTY, Origin, git
+from phi3_mlflow.core.shipped import PACKAGE, shipped
 from phi3_mlflow.pipeline.recipe import Recipe
 
-_GIT_SECONDS = 300
-_CALIBRATION = Path("data", "calibration.jsonl")  # the project's own, in whatever commit
+_CALIBRATION = "calibration.jsonl"  # the project's own, in whatever commit
 
 
 @dataclass(frozen=True)
@@ -31,70 +32,71 @@ class Code:
     """The project's code that makes the artifact again.
 
     Attributes:
-        root: its folder.
+        root: the checkout it is in; None for the installed package that runs.
         commit: which commit that is.
         note: why it is not the version's own, or empty.
     """
 
-    root: Path
+    root: Path | None
     commit: str
     note: str = ""
 
+    @property
+    def calibration(self) -> Path:
+        """The calibration texts that come with it."""
+        data = shipped("data") if self.root is None else self.root / "data"
+        return data / _CALIBRATION
 
-def code_at(commit: str, root: Path, present: str, place: Path) -> Code:
+    def command(self, step: str) -> list[str]:
+        """How a step of it is run; options follow."""
+        if self.root is None:
+            return [sys.executable, "-m", PACKAGE.name, step]
+        return [sys.executable, "-m", f"steps.{step}"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes Python take it, and not the present code in the working folder, perhaps."""
+        path = {} if self.root is None else {"PYTHONPATH": str(self.root)}
+        return {**path, "PYTHONSAFEPATH": "1"}
+
+
+def code_at(commit: str, present: Origin, place: Path, root: Path | None = None) -> Code:
     """The code of a commit: the present one when it is that, otherwise checked out elsewhere.
 
     Args:
-        commit: as the version's tag has it, `-dirty` when there were changes beside it.
-        root: the folder of the code that runs.
-        present: its commit, in the same form.
+        commit: as the version's tag has it, `-dirty` when there were changes that it lacks.
+        present: the code that runs.
         place: a folder to check the other one out into; it does not exist yet.
+        root: the checkout that the present code is in; None when it is an installed package.
     """
-    if commit == present and not commit.endswith("-dirty"):
+    if commit == present.commit and not commit.endswith(DIRTY):
         return Code(root, commit)
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        why = "had changes that were not committed" if commit.endswith("-dirty") else "is not known"
-        return Code(root, present, f"the version's code ({commit}) {why}: the present code ran")
-    for origin in (str(root), _origin(root)):
+        why = "had changes that were not committed" if commit.endswith(DIRTY) else "is not known"
+        note = f"the version's code ({commit}) {why}: the present code ran"
+        return Code(root, present.commit, note)
+    # `mlflow run GIT_URL` clones a single commit; where that came from has the others.
+    for origin in (str(root) if root else None, present.url):
         if origin and _check_out(origin, commit, place):
             return Code(place, commit)
+    where = root or "the installed package"
     return Code(
         root,
-        present,
-        f"commit {commit} is neither in {root} nor where that came from: the present code ran",
+        present.commit,
+        f"commit {commit} is neither in {where} nor where that came from: the present code ran",
     )
-
-
-def _origin(root: Path) -> str | None:
-    """Where a checkout was cloned from; `mlflow run GIT_URL` clones a single commit."""
-    return _git(root, "remote", "get-url", "origin")
 
 
 def _check_out(origin: str, commit: str, place: Path) -> bool:
     place.mkdir(exist_ok=True)
     return all(
-        _git(place, *command) is not None
+        git(place, *command) is not None
         for command in (
             ("init", "--quiet"),
             ("fetch", "--quiet", "--depth", "1", origin, commit),
             ("checkout", "--quiet", "--detach", "FETCH_HEAD"),
         )
     )
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None when it fails; it never asks for a password."""
-    hidden = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            env={**environment, "GIT_TERMINAL_PROMPT": "0"},
-            capture_output=True, text=True, check=True, timeout=_GIT_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def write_profile(recipe: Recipe, code: Code, folder: Path) -> Path:
@@ -106,7 +108,7 @@ def write_profile(recipe: Recipe, code: Code, folder: Path) -> Path:
     content = dict(recipe.profile)
     if recipe.calibration_sha256 is not None:
         named = content.get("quantization", {}).get("calibration")
-        texts = Path(named) if named else code.root / _CALIBRATION
+        texts = Path(named) if named else code.calibration
         if not texts.is_file() or sha256_of_file(texts) != recipe.calibration_sha256:
             raise UserError(
                 f"the calibration texts that the version was made with are not in {texts}: a file "
@@ -162,13 +164,10 @@ def rebuild(
 
 
 def _run_step(step: str, profile: Path, code: Code, cache: Path, run_id: str) -> int:
-    environment = os.environ | {
-        "PHI3_MLFLOW_CACHE": str(cache),
-        "MLFLOW_RUN_ID": run_id,
-        "PYTHONPATH": str(code.root),
-        "PYTHONSAFEPATH": "1",  # the working folder holds the present code, perhaps
-    }
-    command = [sys.executable, "-m", f"steps.{step}", "--profile", str(profile)]
+    environment = (
+        os.environ | {"PHI3_MLFLOW_CACHE": str(cache), "MLFLOW_RUN_ID": run_id} | code.environment
+    )
+    command = [*code.command(step), "--profile", str(profile)]
     # In this working folder: a tracking store may be named relative to it.
     process = subprocess.Popen(command, env=environment)
     try:

@@ -7,21 +7,21 @@ the system kills one for memory.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EXIT_DONE, EnvironmentProblem, StepFailed
-from phi3_mlflow.pipeline.step import Outcome, Plan, Step, carry_out, hit, plan
+from phi3_mlflow.pipeline.command_line import guarded
+from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, carry_out, find_hit, plan
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -36,10 +36,10 @@ class Pipeline(AbstractContextManager["Pipeline"]):
     def __init__(self, request: Request, parent_run_id: str) -> None:
         self._request = request
         self._parent = parent_run_id
-        self._store = StepCache()
+        self._cache = StepCache()
         self._held = ExitStack()
         self._processes: BaseContext | None = None
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[Outcome[Any]] = []
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
@@ -48,37 +48,42 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         """Take another profile for the steps that are left."""
         self._request = replace(self._request, profile=profile)
 
-    def run(self, step: Step, **given: str) -> Outcome:
+    @property
+    def profile(self) -> Profile:
+        """The profile that the next step is given."""
+        return self._request.profile
+
+    def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Do a step, or find it done.
 
         Args:
             step: which one.
-            given: inputs made by the steps before, as parameters.
+            results: what the steps before made, by the name of the parameter that takes it.
 
         Raises:
             StepFailed: it ended badly; it has said why.
             EnvironmentProblem: it was killed.
             ProjectError: what a step done in this process raises.
         """
-        request = for_step(self._request, step, given)
-        with self._store.settling():
-            planned = plan(step, request, self._store)
-            there = hit(planned, self._store)
-            self._held.enter_context(self._store.using([there]))
-        if step.light or there:
+        request = for_step(self._request, step, results)
+        with self._cache.settling():
+            planned = plan(step, request, self._cache)
+            there = find_hit(planned, self._cache)
+            self._held.enter_context(self._cache.using([there]))
+        if step.in_main_process or there:
             outcome = carry_out(step, request, parent_run_id=self._parent)
         else:
             outcome = self._in_process(planned)
-        self._held.enter_context(self._store.using([outcome.entry]))
+        self._held.enter_context(self._cache.using([outcome.entry]))
         self.outcomes.append(outcome)
         return outcome
 
-    def _in_process(self, planned: Plan) -> Outcome:
+    def _in_process(self, planned: PlannedStep[Any]) -> Outcome[Any]:
         step = planned.step
         if self._processes is None:
             self._processes = _context()
         process = self._processes.Process(  # type: ignore[attr-defined]
-            target=_child, args=(step.name, planned.request, self._parent), name=step.name
+            target=_child, args=(step, planned.request, self._parent), name=step.name
         )
         process.start()
         try:
@@ -92,29 +97,27 @@ class Pipeline(AbstractContextManager["Pipeline"]):
             raise EnvironmentProblem(_killed(step.name, -code))
         if code != EXIT_DONE:
             raise StepFailed(step.name, code)
-        entry = self._store.find(step.name, planned.key)
+        entry = self._cache.find(step.name, planned.key)
         if entry is None:
             raise EnvironmentProblem(
-                f"step {step.name} ended well, but its output is not in {self._store.root}; "
+                f"step {step.name} ended well, but its output is not in {self._cache.root}; "
                 "was the cache pruned, or the code changed, in the meantime? Run it again."
             )
-        return Outcome(step.name, entry, False, str(entry.origin.get("run_id", "")))
+        return Outcome(step, entry, False, str(entry.origin.get("run_id", "")))
 
 
-def for_step(request: Request, step: Step, given: Mapping[str, str]) -> Request:
+def for_step(request: Request, step: Step[Any, Any], results: Mapping[str, object]) -> Request:
     """What `main` asks of one of its steps.
 
     Args:
         request: of `main`.
         step: which step.
-        given: inputs made by the steps before, as parameters.
+        results: what the steps before made, by the name of the parameter that takes it.
     """
     own = request.values
-    values = {name: own[name] for name in step.all_parameters if name in own}
-    forced = request.value("force") in ("all", step.name)
-    # For promote, `force` means something else: to overrule the gate.
-    values["force"] = str(forced and step.name != "promote").lower()
-    return replace(request, values={**values, **given})
+    values = {name: own[name] for name in step.parameters if name in own}
+    forced = step.cached and request.value("force") in ("all", step.name)
+    return replace(request, values={**values, "force": str(forced).lower()}, results=results)
 
 
 def _context() -> BaseContext:
@@ -128,14 +131,11 @@ def _context() -> BaseContext:
     return context
 
 
-def _child(name: str, request: Request, parent_run_id: str) -> None:
+def _child(step: Step[Any, Any], request: Request, parent_run_id: str) -> None:
     """What a step's process does."""
-    from phi3_mlflow.pipeline.command_line import guarded
-
     os.environ.pop("MLFLOW_RUN_ID", None)  # that is main's own
     console.set_quiet(request.flag("quiet"))
-    step = importlib.import_module(f"phi3_mlflow.stages.{name}").STEP
-    sys.exit(guarded(name, lambda: carry_out(step, request, parent_run_id=parent_run_id)))
+    sys.exit(guarded(step.name, lambda: carry_out(step, request, parent_run_id=parent_run_id)))
 
 
 def _killed(step: str, number: int) -> str:

@@ -1,187 +1,232 @@
 """What a step is, and how one is carried out: key, hit or work, record.
 
-A step's script declares a `Step`; `carry_out` does the rest, alike for a step that is run alone and
-for one that `main` runs.
+Every step is a class with the same methods; `carry_out` does the rest, the same way for a step that
+is run alone and for one that `main` runs.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache, key_of
-from phi3_mlflow.artifacts.code_keys import Closure, closure, version_of
-from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
-from phi3_mlflow.config.parameters import SHARED, Request
+from phi3_mlflow.artifacts.code_keys import Closure, closure, library_versions
+from phi3_mlflow.artifacts.inputs import Input
+from phi3_mlflow.artifacts.records import Record
+from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
-from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.pipeline.command import Command
+from phi3_mlflow.tracking.connection import tracking_identity
+from phi3_mlflow.tracking.runs import StepRun, step_run
 
-if TYPE_CHECKING:
-    from phi3_mlflow.tracking.runs import StepRun
+In = TypeVar("In")
+Rec = TypeVar("Rec", bound=Record)
+Settings = Mapping[str, Any]
+"""Typed JSON values that decide an output."""
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORD_NAME = "record.json"
-IN_MLFLOW = ("log", "register", "evaluate", "promote", "reproduce")
-"""The steps whose output lives in a tracking store, so that another store knows nothing of it."""
+
+class NoRecord(Record):
+    """Of a step whose output is files in the cache."""
 
 
 @dataclass(frozen=True)
-class Input:
-    """What a step takes: where it is, and the identity of its content."""
-
-    location: str
-    digest: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    entry: Entry | None = None
-
-    @property
-    def path(self) -> Path:
-        return Path(self.location)
+class NoInputs:
+    """Of a step that takes nothing."""
 
 
 @dataclass
-class Work:
+class Work(Generic[In]):
     """A step's work while it is being done.
 
     Attributes:
         request: the profile and the parameters.
-        inputs: what the step takes, by parameter name.
-        out: the empty directory to fill with the output.
+        inputs: what the step takes.
+        out: the empty directory to fill with the output; a step whose output is in MLflow leaves a
+            `Record` there.
         run: the MLflow run of the step.
-        store: the cache, for downloads.
+        cache: the step cache, for downloads.
         key: the output's cache key, the same for the same work.
         settings: the typed values that decide the output, as they went into the key.
-        metrics: figures to log and keep with the output.
+        metrics: to log and keep with the output.
     """
 
     request: Request
-    inputs: Mapping[str, Input]
+    inputs: In
     out: Path
     run: StepRun
-    store: StepCache
+    cache: StepCache
     key: str
-    settings: Mapping[str, Any]
+    settings: Settings
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def record(self, content: Mapping[str, Any]) -> None:
-        """Leave an output that lives in MLflow: its names, as JSON."""
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        (self.out / RECORD_NAME).write_text(text, "utf-8")
+
+def step_parameters(*own: str) -> tuple[str, ...]:
+    """The parameters of a step: its own between those that every step has."""
+    return ("profile", *own, "force", "quiet")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Command, Generic[In, Rec]):
     """One step of the pipeline.
 
+    A subclass says with its attributes how it is carried out, and with its methods what it takes,
+    what decides its output, and what the work is. `In` is a frozen dataclass of `Input`s, `Rec` the
+    record it leaves when its output lives in MLflow.
+
     Attributes:
-        name: as in MLproject.
-        summary: one line for `--help`.
-        parameters: the names it takes beside the shared ones.
-        inputs: finds what it takes, or says which command makes it.
-        settings: the typed values that decide its output.
-        work: does it.
-        module: where it is written, when that is not the script of its name.
+        doing: what it does, in a few words, for the person watching.
+        record_type: of the record it leaves.
+        in_mlflow: its output lives in a tracking store, so that another store knows nothing of it.
+        in_main_process: it is so light that `main` does it itself; the others get a process of
+            their own, with its own peak of memory.
+        cached: False for a step that looks for itself, each time, whether there is something to do.
         copies: modules that go into its output as they are, without being imported.
-        libraries: distributions that decide the output behind those that are imported.
-        still_there: for output that lives in MLflow, says what of it has gone, if anything has.
-        foresee: says what it would cost, where that can be known beforehand.
-        after: is done on every run, on a hit too: idempotent marks such as tags.
-        always: the step looks for itself whether there is something to do.
-        light: it is done in the process of `main`; the others get one of their own.
     """
 
-    name: str
-    summary: str
-    parameters: tuple[str, ...]
-    inputs: Callable[[Request, StepCache], dict[str, Input]]
-    settings: Callable[[Request], dict[str, Any]]
-    work: Callable[[Work], None]
-    module: str | None = None
-    copies: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
-    still_there: Callable[[Entry], str | None] | None = None
-    after: Callable[[Request, Entry], None] | None = None
-    foresee: Callable[[Request, Mapping[str, Input]], str | None] | None = None
-    always: bool = False
-    light: bool = False
+    doing: ClassVar[str]
+    choices = {"force": ("true", "false")}  # noqa: RUF012 (as in Command)
+    record_type: ClassVar[type[Record]] = NoRecord
+    in_mlflow: ClassVar[bool] = False
+    in_main_process: ClassVar[bool] = False
+    cached: ClassVar[bool] = True
+    copies: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def all_parameters(self) -> tuple[str, ...]:
-        return ("profile", *self.parameters, *(name for name in SHARED if name != "profile"))
+    @abstractmethod
+    def inputs(self, request: Request, cache: StepCache) -> In:
+        """Find what the step takes.
+
+        Raises:
+            UserError: it is missing; the message says which command makes it.
+        """
+
+    @abstractmethod
+    def settings(self, request: Request) -> Settings:
+        """The typed values that decide the output."""
+
+    @abstractmethod
+    def work(self, work: Work[In]) -> None:
+        """Do it, and leave the output in `work.out`."""
+
+    def missing(self, entry: Entry) -> str | None:
+        """What of an output that lives in MLflow has gone, or None when all of it is there."""
+        del entry
+        return None
+
+    def after(self, request: Request, entry: Entry) -> None:
+        """Done on every run, also when the output was there: marks such as aliases and tags."""
+
+    def foresee(self, request: Request, inputs: In) -> str | None:
+        """What the work would cost, where that can be known beforehand."""
+        del request, inputs
+        return None
+
+    def run(self, request: Request) -> None:
+        """Do the step, or find that it is done; see `carry_out`."""
+        carry_out(self, request)
 
     @property
     def closure(self) -> Closure:
         """The code and the libraries whose change makes earlier output stale."""
-        return closure((self.module or f"phi3_mlflow.stages.{self.name}", *self.copies))
+        return closure((type(self).__module__, *self.copies))
+
+    @property
+    def slot(self) -> str:
+        """Under which name the step's latest output is remembered."""
+        return slot(self.name, in_mlflow=self.in_mlflow)
+
+    def record_of(self, entry: Entry) -> Rec:
+        """The record in an output."""
+        record: Rec = self.record_type.read(entry.path)  # type: ignore[assignment]
+        return record
+
+
+def slot(step: str, *, in_mlflow: bool) -> str:
+    """Under which name a step's latest output is remembered: one per tracking store, if need be."""
+    return f"{step}-{key_of({'tracking': tracking_identity()})[:12]}" if in_mlflow else step
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a step ended."""
+class Outcome(Generic[Rec]):
+    """How a step ended.
 
-    step: str
+    Attributes:
+        step: which one.
+        entry: its output.
+        hit: whether that was there already.
+        run_id: of the MLflow run that made it.
+    """
+
+    step: Step[Any, Rec]
     entry: Entry
     hit: bool
     run_id: str
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Rec:
         """The names of an output that lives in MLflow."""
-        return read_record(self.entry)
-
-
-def read_record(entry: Entry) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((entry.path / RECORD_NAME).read_text("utf-8"))
-    return content
+        return self.step.record_of(self.entry)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a step would do, before it does it."""
+class PlannedStep(Generic[In]):
+    """A step before it is done: what it would take, and the key of what it would make."""
 
-    step: Step
+    step: Step[In, Any]
     request: Request
-    inputs: Mapping[str, Input]
+    inputs: In
     parts: Mapping[str, Any]
     key: str
 
+    @property
+    def input_entries(self) -> list[Entry | None]:
+        """The cached outputs among its inputs."""
+        return [given.entry for given in named_inputs(self.inputs).values()]
 
-def plan(step: Step, request: Request, store: StepCache) -> Plan:
+
+def named_inputs(inputs: object) -> dict[str, Input[Any]]:
+    """The inputs of a step by the name of their parameter; those that it does not take left out."""
+    found = {item.name: getattr(inputs, item.name) for item in fields(inputs)}  # type: ignore[arg-type]
+    return {name: given for name, given in found.items() if given is not None}
+
+
+def plan(step: Step[In, Any], request: Request, cache: StepCache) -> PlannedStep[In]:
     """Find a step's inputs and the key of its output.
 
     Raises:
         UserError: an input is missing; the message says which command makes it.
     """
-    inputs = step.inputs(request, store)
+    inputs = step.inputs(request, cache)
     parts = {
         "step": step.name,
         "settings": step.settings(request),
-        "inputs": {name: given.digest for name, given in inputs.items()},
+        "inputs": {name: given.digest for name, given in named_inputs(inputs).items()},
         "code": step.closure.hashes(),
-        "libraries": library_versions(step),
+        "libraries": library_versions([step.closure]),
     }
-    return Plan(step, request, inputs, parts, key_of(parts))
+    return PlannedStep(step, request, inputs, parts, key_of(parts))
 
 
-def hit(planned: Plan, store: StepCache) -> Entry | None:
+def find_hit(planned: PlannedStep[Any], cache: StepCache) -> Entry | None:
     """The output of a planned step, when it is in the cache, whole, and still in MLflow."""
-    if planned.step.always or planned.request.flag("force"):
+    step = planned.step
+    if not step.cached or planned.request.flag("force"):
         return None
-    entry = store.find(planned.step.name, planned.key)
+    entry = cache.find(step.name, planned.key)
     if entry is None:
         return None
-    if planned.step.still_there and (gone := planned.step.still_there(entry)):
-        console.say(f"{planned.step.name}: {gone}; doing it again")
+    if missing := step.missing(entry):
+        console.say(f"{step.name}: {missing}; doing it again")
         return None
     return entry
 
 
-def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None) -> Outcome:
+def carry_out(
+    step: Step[Any, Rec], request: Request, *, parent_run_id: str | None = None
+) -> Outcome[Rec]:
     """Do a step, or find that it is done; record either as an MLflow run.
 
     Args:
@@ -192,33 +237,30 @@ def carry_out(step: Step, request: Request, *, parent_run_id: str | None = None)
     Raises:
         ProjectError: whatever goes wrong for a reason that a person can mend.
     """
-    from phi3_mlflow.tracking.runs import step_run
-
-    store = StepCache()
-    store.sweep()
+    cache = StepCache()
+    cache.sweep()
     with ExitStack() as held:
-        with store.settling():
-            planned = plan(step, request, store)
-            held.enter_context(store.using(given.entry for given in planned.inputs.values()))
-        run = held.enter_context(step_run(step.name, request, parent_run_id))
-        held.enter_context(store.locked(step.name, planned.key))
-        run.log_settings(planned.parts["settings"], planned.inputs)
-        entry = hit(planned, store)
+        with cache.settling():
+            planned = plan(step, request, cache)
+            held.enter_context(cache.using(planned.input_entries))
+        run = held.enter_context(step_run(step.name, request.profile.name, parent_run_id))
+        held.enter_context(cache.locked(step.name, planned.key))
+        run.log_settings(planned.parts["settings"], named_inputs(planned.inputs))
+        entry = find_hit(planned, cache)
         was_there = entry is not None
         if entry is None:
-            console.say(f"{step.name}: {step.summary}")
-            entry = _do(planned, run, store)
+            console.say(f"{step.name}: {step.doing}")
+            entry = _do(planned, run, cache)
         else:
             console.say(f"{step.name}: nothing to do, the output is in the cache")
             run.point_to(entry)
-        if step.after:
-            step.after(request, entry)
-        store.set_latest(request.profile.name, slot(step.name), entry.key)
+        step.after(request, entry)
+        cache.set_latest(request.profile.name, step.slot, entry.key)
         run.finish(step.name, entry, was_there)
-    return Outcome(step.name, entry, was_there, run.run_id)
+    return Outcome(step, entry, was_there, run.run_id)
 
 
-def _do(planned: Plan, run: StepRun, store: StepCache) -> Entry:
+def _do(planned: PlannedStep[Any], run: StepRun, cache: StepCache) -> Entry:
     step = planned.step
     origin = {
         "parts": planned.parts,
@@ -226,108 +268,13 @@ def _do(planned: Plan, run: StepRun, store: StepCache) -> Entry:
         "tracking_uri": run.tracking_uri,
         "time": time.time(),
     }
-    with store.building(step.name, planned.key, origin) as out:
+    with cache.building(step.name, planned.key, origin) as out:
         settings = planned.parts["settings"]
-        work = Work(planned.request, planned.inputs, out, run, store, planned.key, settings)
+        work = Work(planned.request, planned.inputs, out, run, cache, planned.key, settings)
         step.work(work)
         origin["metrics"] = dict(work.metrics)
         origin["cost"] = run.cost()
-    entry = store.find(step.name, planned.key)
+    entry = cache.find(step.name, planned.key)
     if entry is None:  # nobody else writes under this lock
         raise RuntimeError(f"{step.name}: the output that was just written is not whole")
     return entry
-
-
-def slot(step: str) -> str:
-    """Under which name a step's latest output is remembered."""
-    if step not in IN_MLFLOW:
-        return step
-    from phi3_mlflow.tracking.runs import tracking_identity
-
-    return f"{step}-{key_of({'tracking': tracking_identity()})[:12]}"
-
-
-CHECKPOINT = "a Hugging Face checkpoint"
-ONNX = "an ONNX model that onnxruntime-genai opens"
-
-
-def folder_input(request: Request, store: StepCache, name: str, before: str, what: str) -> Input:
-    """The folder that a parameter names, or with `auto` what the step before left.
-
-    Args:
-        request, store: where to look.
-        name: the parameter.
-        before: the step that makes such a folder.
-        what: what it has to be, for the message.
-
-    Raises:
-        UserError: there is none.
-    """
-    if request.is_auto(name):
-        return entry_input(preceding_output(request, store, name, before))
-    return directory_input(name, request.value(name), what)
-
-
-def directory_input(name: str, text: str, what: str) -> Input:
-    """A folder that the user named.
-
-    Raises:
-        UserError: it is not a folder, or its content differs from its own manifest.
-    """
-    path = Path(text).expanduser()
-    if entry := StepCache().holding(path):
-        return entry_input(entry)
-    if not path.is_dir():
-        raise UserError(f"parameter: {name} = {text!r}: there is no folder {path.absolute()}")
-    found = Manifest.of_directory(path)
-    if not found.files:
-        raise UserError(f"parameter: {name} = {text!r}: the folder is empty; expected {what}")
-    if (path / MANIFEST_NAME).is_file() and (problems := Manifest.read(path).differences(path)):
-        raise UserError(
-            f"parameter: {name} = {text!r}: the files differ from their {MANIFEST_NAME}: "
-            + "; ".join(problems[:5])
-        )
-    return Input(str(path.absolute()), found.digest)
-
-
-def preceding_output(request: Request, store: StepCache, name: str, *steps: str) -> Entry:
-    """What one of the steps before last left for the profile.
-
-    Args:
-        request, store: where to look.
-        name: the parameter that wants it, for the message.
-        steps: the step that makes it.
-
-    Raises:
-        UserError: there is nothing; the message says which command makes it.
-    """
-    profile = request.profile.name
-    for step in steps:
-        if entry := store.latest(profile, step, slot(step)):
-            return entry
-    raise UserError(
-        f"parameter: {name} = 'auto': step {steps[0]} has left nothing for profile {profile} in "
-        f"{store.root}.\nRun  mlflow run . -e {steps[0]} -P profile={profile}  first, or name one: "
-        f"-P {name}=..."
-    )
-
-
-def entry_input(entry: Entry) -> Input:
-    """A cached output as the next step's input."""
-    return Input(str(entry.path), entry.manifest.digest, entry=entry)
-
-
-def figures(report: Any) -> dict[str, float]:
-    """The numbers in a dataclass, as metrics; wall time is left to the run's own."""
-    values = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "seconds"}
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def library_versions(*steps: Step) -> dict[str, str]:
-    """The libraries that decide what some steps make, with the versions installed here."""
-    names = {name for step in steps for name in (*step.closure.libraries, *step.libraries)}
-    return {name: version_of(name) for name in sorted(names)}

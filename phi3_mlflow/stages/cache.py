@@ -22,41 +22,47 @@ from collections.abc import Iterable
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
+from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import UserError, problem_list
-from phi3_mlflow.tracking.runs import summary_line
+from phi3_mlflow.pipeline.command import Command
 
-PARAMETERS = ("do", "older_than", "max_size", "quiet")
 _SECONDS = {"h": 3600, "d": 86400, "w": 604800}
 _BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def main(request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    age, size = limits(request)
-    store = StepCache()
-    store.sweep()
-    entries = store.entries()
-    action = request.value("do")
-    removed: list[Entry] = []
-    if action == "list":
-        for entry in entries:
-            console.say(line(entry))
-    elif action == "size":
-        for said in sizes(store, entries):
-            console.say(said)
-    elif action == "verify":
-        removed = remove(store, verify(store, entries))
-    else:
-        removed = prune(store, entries, age, size)
-    gone = {(entry.step, entry.key) for entry in removed}
-    left = [entry for entry in entries if (entry.step, entry.key) not in gone]
-    print(
-        summary_line(
-            step="cache", status="done", action=action, outputs=len(left), size_mb=megabytes(left),
-            removed=len(removed), removed_mb=megabytes(removed), cache=store.root,
-        ),
-        flush=True,
-    )  # fmt: skip
+class Cache(Command):
+    """Looking after the step cache."""
+
+    name = "cache"
+    parameters = ("do", "older_than", "max_size", "quiet")
+
+    def run(self, request: Request) -> None:
+        age, size = limits(request)
+        cache = StepCache()
+        cache.sweep()
+        entries = cache.entries()
+        action = request.value("do")
+        removed: list[Entry] = []
+        if action == "list":
+            for entry in entries:
+                console.say(line(entry))
+        elif action == "size":
+            for said in sizes(cache, entries):
+                console.say(said)
+        elif action == "verify":
+            removed = remove(cache, verify(cache, entries))
+        else:
+            removed = prune(cache, entries, age, size)
+        gone = {(entry.step, entry.key) for entry in removed}
+        left = [entry for entry in entries if (entry.step, entry.key) not in gone]
+        print(
+            summary_line(
+                step="cache", status="done", action=action, outputs=len(left),
+                size_mb=megabytes(left), removed=len(removed), removed_mb=megabytes(removed),
+                cache=cache.root,
+            ),
+            flush=True,
+        )  # fmt: skip
 
 
 def limits(request: Request) -> tuple[float | None, int | None]:
@@ -90,7 +96,7 @@ def line(entry: Entry) -> str:
     return f"  {entry.step:<9} {entry.key}  {size:>9.1f} MB  unused for {days:.1f} days"
 
 
-def sizes(store: StepCache, entries: Iterable[Entry]) -> list[str]:
+def sizes(cache: StepCache, entries: Iterable[Entry]) -> list[str]:
     """What each step's outputs take, the largest first, and what was downloaded so far."""
     by_step: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -99,16 +105,16 @@ def sizes(store: StepCache, entries: Iterable[Entry]) -> list[str]:
     lines = [
         f"  {step:<20} {megabytes(mine):>9.1f} MB  {len(mine)} outputs" for step, mine in ordered
     ]
-    if partial := store.unfinished_downloads():
+    if partial := cache.unfinished_downloads():
         lines.append(f"  {'unfinished downloads':<20} {partial / 1e6:>9.1f} MB")
     return lines
 
 
-def verify(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
+def verify(cache: StepCache, entries: Iterable[Entry]) -> list[Entry]:
     """The outputs that are damaged; says what is wrong with each."""
     damaged = []
     for entry in entries:
-        problems = store.damage(entry)
+        problems = cache.damage(entry)
         console.say(f"{line(entry)}  {'damaged' if problems else 'whole'}")
         for problem in problems[:5]:
             console.say(f"    {problem}")
@@ -118,33 +124,33 @@ def verify(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
 
 
 def prune(
-    store: StepCache, entries: list[Entry], age: float | None, size: int | None
+    cache: StepCache, entries: list[Entry], age: float | None, size: int | None
 ) -> list[Entry]:
     """Remove by age, then by size, the longest unused first; without limits, what is not latest."""
-    if (age is not None or size is None) and (freed := store.drop_downloads(age or 0)):
+    if (age is not None or size is None) and (freed := cache.drop_downloads(age or 0)):
         console.say(f"  unfinished downloads, {freed / 1e6:.1f} MB  removed")
     if age is None and size is None:
-        latest = store.latest_keys()
-        return remove(store, [entry for entry in entries if (entry.step, entry.key) not in latest])
+        latest = cache.latest_keys()
+        return remove(cache, [entry for entry in entries if (entry.step, entry.key) not in latest])
     now = time.time()
     old = [entry for entry in entries if age is not None and now - entry.used_at > age]
-    removed = remove(store, old)
+    removed = remove(cache, old)
     if size is not None:
         left = [entry for entry in entries if entry not in removed]
         total = sum(entry.manifest.total_bytes for entry in left)
         for entry in left:
             if total <= size:
                 break
-            if done := remove(store, [entry]):
+            if done := remove(cache, [entry]):
                 removed += done
                 total -= entry.manifest.total_bytes
     return removed
 
 
-def remove(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
+def remove(cache: StepCache, entries: Iterable[Entry]) -> list[Entry]:
     removed = []
     for entry in entries:
-        if store.remove(entry):
+        if cache.remove(entry):
             console.say(f"{line(entry)}  removed")
             removed.append(entry)
         else:
@@ -154,3 +160,6 @@ def remove(store: StepCache, entries: Iterable[Entry]) -> list[Entry]:
 
 def megabytes(entries: Iterable[Entry]) -> float:
     return round(sum(entry.manifest.total_bytes for entry in entries) / 1e6, 1)
+
+
+COMMAND = Cache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from phi3_mlflow.config.profile import Profile
-from phi3_mlflow.evaluation.figures import readable
+from phi3_mlflow.evaluation.metrics import headline
 
 _ALGORITHMS = {
     "none": "none: the weights are as published",
@@ -54,7 +54,7 @@ def model_card(
     ]
     if figures:
         lines += ["", "| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {text} |" for name, text in readable(figures)]
+        lines += [f"| {name} | {text} |" for name, text in headline(figures)]
         if hardware:
             lines += ["", f"Measured on {hardware}."]
     return "\n".join(lines) + "\n"

@@ -13,166 +13,183 @@ figures, every answer, the verdict as JSON and JUnit XML, and report.html, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
+from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.config.parameters import AUTO, Request
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.evaluation.figures import HEADLINE
-from phi3_mlflow.evaluation.judge import check_judge
-from phi3_mlflow.evaluation.report.build import TEXTS_TAG
-from phi3_mlflow.evaluation.rows import HeldoutText, Needle, Question
-from phi3_mlflow.pipeline.step import (
-    CHECKPOINT,
-    Input,
-    Step,
-    Work,
-    folder_input,
-    preceding_output,
-    read_record,
-)
+from phi3_mlflow.evaluation.metrics import HEADLINE
+from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
+from phi3_mlflow.evaluation.sets import Sets
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, preceding_output
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
+from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, RegisteredVersions
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import tracking_identity
+from phi3_mlflow.tracking.connection import tracking_identity
+from phi3_mlflow.tracking.registry import VersionName
+
+Versions = tuple[VersionName, ...]
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    reference = folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)
-    versions = _versions(request, store)
-    champions = [registry.champion_to_beat(version) for version in versions]
-    return {
-        "version": _input(versions),
-        "champion": _input([champion for champion in champions if champion]),
-        "checkpoint": reference,
-    }
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """The versions, the champions they are compared with, and the full-precision checkpoint."""
+
+    version: Input[Versions]
+    champion: Input[Versions]
+    checkpoint: Folder
 
 
-def _input(versions: Sequence[registry.VersionName]) -> Input:
+class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
+    """Version to verdict."""
+
+    name = "evaluate"
+    doing = "measuring the version against full precision"
+    parameters = step_parameters(
+        "version", "checkpoint", "flavor", "registered_model", "size", "questions"
+    )
+    record_type = EvaluationRecord
+    in_mlflow = True
+
+    def inputs(self, request: Request, cache: StepCache) -> EvaluateInputs:
+        reference = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
+        versions = _versions(request, cache)
+        champions = [registry.champion_to_beat(version) for version in versions]
+        return EvaluateInputs(
+            _input(versions), _input([champion for champion in champions if champion]), reference
+        )
+
+    def settings(self, request: Request) -> Settings:
+        profile = request.profile
+        gate = profile.gate.model_dump(mode="json", exclude_none=True)
+        judge = profile.evaluation.judge
+        return {
+            "window": profile.evaluation.window,
+            "judge": judge.model_dump(mode="json") if judge else {},
+            **load_sets(profile).digests(),
+            "thresholds": gate["thresholds"],
+            "champion_margins": gate["champion"],
+            "tracking": tracking_identity(),
+        }
+
+    def work(self, work: Work[EvaluateInputs]) -> None:
+        import mlflow
+
+        from phi3_mlflow.evaluation.evaluate import Evaluator
+        from phi3_mlflow.evaluation.hardware import hardware
+        from phi3_mlflow.evaluation.judge import check_judge
+
+        profile = work.request.profile
+        check_judge(profile.evaluation.judge)
+        sets = load_sets(profile)
+        evaluator = Evaluator(
+            facts=model_facts(profile),
+            settings=profile.evaluation,
+            gate=profile.gate,
+            reference=work.inputs.checkpoint.value,
+            reference_digest=work.inputs.checkpoint.digest,
+            sets=sets,
+            store=work.cache,
+            fresh=work.request.flag("force"),
+        )
+        versions = {}
+        for version in work.inputs.version.value:
+            console.say(f"  {version.uri}")
+            result = evaluator.evaluate(version, work.out / version.version)
+            versions[version.uri] = EvaluatedVersion.model_validate(result.record())
+            for name, plot in result.plots.items():
+                mlflow.log_figure(plot, f"figures/version-{version.version}/{name}.png")
+            console.say(f"  gate: {result.verdict.decision}: {result.verdict.why}")
+            if not work.metrics:
+                work.metrics.update(result.measurement.metrics)
+        EvaluationRecord(
+            run_id=work.run.run_id,
+            versions=versions,
+            hardware=hardware(),
+            texts_sha256=sets.digests()["texts_sha256"],
+        ).write(work.out)
+        work.run.log_evaluation(work.out, sets.questions, sets.texts)
+
+    def after(self, request: Request, entry: Entry) -> None:
+        """Mark the versions with the verdict."""
+        record = self.record_of(entry)
+        for uri, result in record.versions.items():
+            version = registry.find_version(uri, request.profile.registered_model)
+            verdict = result.verdict
+            checks = [check for check in verdict["checks"] if not check["passed"]]
+            checks += [check for check in verdict["comparisons"] if check["state"] == "worse"]
+            reasons = "\n".join(check["reason"] for check in checks) or verdict["why"]
+            registry.set_tags(
+                version,
+                {
+                    "gate": "passed" if verdict["passed"] else "failed",
+                    "gate_decision": verdict["decision"],
+                    "gate_reasons": reasons,
+                    registry.GATE_AGAINST: registry.number_of(verdict["against"]),
+                    "evaluation_run": record.run_id,
+                    TEXTS_TAG: record.texts_sha256,
+                    **{key: _plain(value) for key, value in headline_metrics(result).items()},
+                },
+            )
+            tags = registry.describe(version).tags
+            card = model_card(request.profile, tags, headline_metrics(result), record.hardware)
+            registry.set_description(version, card)
+
+
+def _input(versions: Sequence[VersionName]) -> Input[Versions]:
     digest = " ".join(f"{version.uri}#{registry.content(version)}" for version in versions)
-    return Input(" ".join(version.uri for version in versions), digest)
+    return Input(tuple(versions), digest, " ".join(version.uri for version in versions))
 
 
-def _versions(request: Request, store: StepCache) -> list[registry.VersionName]:
+def _versions(request: Request, cache: StepCache) -> Versions:
     """The named versions; `auto` is the challenger, or all of `register`'s for flavor both."""
+    if (registered := request.handed("version", RegisteredVersions)) is not None:
+        return registered.challenger_first
     name = request.profile.registered_model
     if not request.is_auto("version"):
-        return [
-            registry.find_version(text, name)
-            for text in request.value("version").replace(",", " ").split()
-        ]
+        texts = request.value("version").replace(",", " ").split()
+        return tuple(registry.find_version(text, name) for text in texts)
     if request.profile.flavor != "both":
-        return [registry.find_version(AUTO, name)]
-    entry = preceding_output(request, store, "version", "register")
-    return [registry.VersionName(v["name"], v["version"]) for v in read_record(entry)["versions"]]
+        return (registry.find_version(AUTO, name),)
+    entry = preceding_output(request, cache, "version", "register", in_mlflow=True)
+    return tuple(v.version_name for v in RegisteredVersions.read(entry.path).versions)
 
 
-def _source(setting: str) -> str | None:
-    return None if setting == AUTO else setting
+def load_sets(profile: Profile) -> Sets:
+    """What the profile's model is measured on.
 
-
-def questions(request: Request) -> list[Question]:
-    chosen = request.profile.evaluation
-    return datasets.load_questions(_source(chosen.questions), quick=chosen.size == "quick")
-
-
-def texts(request: Request) -> list[HeldoutText]:
-    chosen = request.profile.evaluation
-    return datasets.load_heldout(_source(chosen.texts), quick=chosen.size == "quick")
-
-
-def needles(request: Request) -> list[Needle]:
-    """Long prompts, which take minutes: in size full only, not beside a user's own questions."""
-    chosen = request.profile.evaluation
-    asked = chosen.size == "full" and chosen.questions == AUTO
-    return datasets.load_needles() if asked else []
-
-
-def settings(request: Request) -> dict[str, Any]:
-    from phi3_mlflow.evaluation.measure import Sets
-
-    profile = request.profile
-    context = profile.runtime.max_context or profile.context_length
-    sets = Sets(questions(request), texts(request), needles(request), context)
-    gate = profile.gate.model_dump(mode="json", exclude_none=True)
-    judge = profile.evaluation.judge
-    return {
-        "window": profile.evaluation.window,
-        "judge": judge.model_dump(mode="json") if judge else {},
-        **sets.digests(),
-        "thresholds": gate["thresholds"],
-        "champion_margins": gate["champion"],
-        "tracking": tracking_identity(),
-    }
-
-
-def work(work: Work) -> None:
-    import mlflow
-
-    from phi3_mlflow.evaluation.evaluate import Evaluator
-
-    request, profile = work.request, work.request.profile
-    check_judge(profile.evaluation.judge)
-    context = profile.runtime.max_context or profile.context_length
-    evaluator = Evaluator(
-        profile=profile,
-        reference=work.inputs["checkpoint"].path,
-        reference_digest=work.inputs["checkpoint"].digest,
-        questions=questions(request),
-        texts=texts(request),
-        needles=needles(request),
-        context=context,
-        store=work.store,
-        fresh=request.flag("force"),
+    Long prompts take minutes: they are asked in size full only, and not with a user's own
+    questions.
+    """
+    chosen = profile.evaluation
+    quick = chosen.size == "quick"
+    own_questions = None if chosen.questions == AUTO else chosen.questions
+    own_texts = None if chosen.texts == AUTO else chosen.texts
+    return Sets(
+        datasets.load_questions(own_questions, quick=quick),
+        datasets.load_heldout(own_texts, quick=quick),
+        [] if quick or own_questions else datasets.load_needles(),
+        profile.runtime.max_context or profile.context_length,
     )
-    versions = {}
-    for uri in work.inputs["version"].location.split():
-        console.say(f"  {uri}")
-        version = registry.find_version(uri, profile.registered_model)
-        result = evaluator.evaluate(version, work.out / Path(uri).name)
-        versions[uri] = result.record()
-        for name, figure in result.figures.items():
-            mlflow.log_figure(figure, f"figures/version-{version.version}/{name}.png")
-        console.say(f"  gate: {result.verdict.decision}: {result.verdict.why}")
-        if not work.metrics:
-            work.metrics.update(result.measurement.metrics)
-    work.record(
-        {
-            "run_id": work.run.run_id,
-            "versions": versions,
-            "hardware": evaluator.hardware,
-            "texts_sha256": evaluator.sets.digests()["texts_sha256"],
-        }
+
+
+def model_facts(profile: Profile) -> ModelFacts:
+    """What the report says of the model."""
+    return ModelFacts(
+        description=profile.description,
+        base_model=profile.base_model,
+        source=profile.origin,
+        precision=profile.precision,
     )
-    work.run.log_evaluation(work.out, questions(request), texts(request))
 
 
-def after(request: Request, entry: Entry) -> None:
-    """Mark the versions with the verdict."""
-    record = read_record(entry)
-    for uri, result in record["versions"].items():
-        version = registry.find_version(uri, request.profile.registered_model)
-        verdict = result["verdict"]
-        checks = [check for check in verdict["checks"] if not check["passed"]]
-        checks += [check for check in verdict["comparisons"] if check["state"] == "worse"]
-        figures = {key: result["metrics"][key] for key in HEADLINE if key in result["metrics"]}
-        registry.set_tags(
-            version,
-            {
-                "gate": "passed" if verdict["passed"] else "failed",
-                "gate_decision": verdict["decision"],
-                "gate_reasons": "\n".join(check["reason"] for check in checks) or verdict["why"],
-                registry.GATE_AGAINST: registry.number_of(verdict["against"]),
-                "evaluation_run": record["run_id"],
-                TEXTS_TAG: record["texts_sha256"],
-                **{key: _plain(value) for key, value in figures.items()},
-            },
-        )
-        card = model_card(
-            request.profile, registry.describe(version).tags, figures, record["hardware"]
-        )
-        registry.set_description(version, card)
+def headline_metrics(result: EvaluatedVersion) -> dict[str, float]:
+    """The metrics of a version that are shown first."""
+    return {key: result.metrics[key] for key in HEADLINE if key in result.metrics}
 
 
 def _plain(value: float) -> str:
@@ -180,19 +197,4 @@ def _plain(value: float) -> str:
     return str(int(value)) if value.is_integer() else f"{value:.4g}"
 
 
-def headline_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """The figures of the first version, for the console."""
-    metrics = next(iter(record["versions"].values()))["metrics"]
-    return {key: metrics[key] for key in HEADLINE if key in metrics}
-
-
-STEP = Step(
-    name="evaluate",
-    summary="measuring the version against full precision",
-    parameters=("version", "checkpoint", "flavor", "registered_model", "size", "questions"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    libraries=("onnxruntime",),  # what onnxruntime-genai computes with
-    after=after,
-)
+STEP = Evaluate()

@@ -10,69 +10,69 @@ profile, and the model is loaded and asked for a token before it counts as done.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.pipeline.step import (
-    CHECKPOINT,
-    Input,
-    Step,
-    Work,
-    figures,
-    folder_input,
-)
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    if not request.profile.makes_onnx:
-        raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
-    before = "quantize" if request.profile.quantizes else "fetch"
-    return {"checkpoint": folder_input(request, store, "checkpoint", before, CHECKPOINT)}
+@dataclass(frozen=True)
+class ExportInputs:
+    """A checkpoint, in float or in int4."""
+
+    checkpoint: Folder
 
 
-def settings(request: Request) -> dict[str, Any]:
-    profile = request.profile
-    return {
-        "precision": profile.precision,
-        "accuracy_level": profile.quantization.accuracy_level,
-        "provider": profile.runtime.provider,
-    }
+class Export(Step[ExportInputs, NoRecord]):
+    """Checkpoint to ONNX directory."""
+
+    name = "export"
+    doing = "building the ONNX model"
+    parameters = step_parameters("checkpoint", "precision")
+
+    def inputs(self, request: Request, cache: StepCache) -> ExportInputs:
+        if not request.profile.makes_onnx:
+            raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
+        made_by = "quantize" if request.profile.quantizes else "fetch"
+        return ExportInputs(folder_input(request, cache, "checkpoint", made_by, CHECKPOINT))
+
+    def settings(self, request: Request) -> Settings:
+        profile = request.profile
+        return {
+            "precision": profile.precision,
+            "accuracy_level": profile.quantization.accuracy_level,
+            "provider": profile.runtime.provider,
+        }
+
+    def work(self, work: Work[ExportInputs]) -> None:
+        from phi3_mlflow.genai.check import check_export
+        from phi3_mlflow.genai.export import export_onnx
+
+        profile = work.request.profile
+        checkpoint = work.inputs.checkpoint.value
+        report = export_onnx(
+            checkpoint,
+            work.out,
+            precision=profile.precision,
+            accuracy_level=profile.quantization.accuracy_level,
+            provider=profile.runtime.provider,
+            progress=show_progress,
+        )
+        checked = check_export(work.out, profile.quantization if profile.quantizes else None)
+        work.metrics.update(numbers(report) | numbers(checked))
+        write_provenance(
+            work.out,
+            {"algorithm": "none"}
+            | read_provenance(checkpoint)
+            | {"precision": profile.precision, "artifact_sha256": content_digest(work.out)},
+        )
 
 
-def work(work: Work) -> None:
-    from phi3_mlflow.genai.check import check_export
-    from phi3_mlflow.genai.export import export_onnx
-
-    profile = work.request.profile
-    checkpoint = work.inputs["checkpoint"].path
-    report = export_onnx(
-        checkpoint,
-        work.out,
-        precision=profile.precision,
-        accuracy_level=profile.quantization.accuracy_level,
-        provider=profile.runtime.provider,
-        progress=show_progress,
-    )
-    checked = check_export(work.out, profile.quantization if profile.quantizes else None)
-    work.metrics.update(figures(report) | figures(checked))
-    write_provenance(
-        work.out,
-        {"algorithm": "none"}
-        | read_provenance(checkpoint)
-        | {"precision": profile.precision, "artifact_sha256": content_digest(work.out)},
-    )
-
-
-STEP = Step(
-    name="export",
-    summary="building the ONNX model",
-    parameters=("checkpoint", "precision"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    libraries=("onnxruntime",),  # what onnxruntime-genai computes with
-)
+STEP = Export()

@@ -11,20 +11,108 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.config.profile import find_profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.pipeline.step import Input, Step, Work
+from phi3_mlflow.pipeline.step import (
+    NoInputs,
+    NoRecord,
+    Settings,
+    Step,
+    Work,
+    step_parameters,
+)
 from phi3_mlflow.sources.spec import HubSource, SourceSpec, parse_source
 
 REVISION = "source_revision"
-"""What `main` hands on beside the parameters: the commit that a branch was at when it began."""
+"""What `main` hands over: the commit that a branch was at when it began."""
+
+
+class Fetch(Step[NoInputs, NoRecord]):
+    """Source to checkpoint."""
+
+    name = "fetch"
+    doing = "getting the checkpoint from its source"
+    parameters = step_parameters("source", "time_limit_s", "lock")
+
+    def inputs(self, request: Request, cache: StepCache) -> NoInputs:
+        return NoInputs()
+
+    def settings(self, request: Request) -> Settings:
+        profile = request.profile
+        return {
+            "source": profile.origin,
+            # `main` asks once: a branch may move between two questions.
+            "source_revision": request.handed(REVISION, str) or revision(request),
+            "sha256": profile.sha256,
+            "remote_code": profile.remote_code,
+            "base_model": profile.base_model,
+            "licence": profile.licence,
+        }
+
+    def foresee(self, request: Request, inputs: NoInputs) -> str | None:
+        from phi3_mlflow.sources.fetch import size_of_source
+
+        spec = parse_source(request.profile.origin)
+        size = size_of_source(spec, base_dir=request.base_directory)
+        if size is None:
+            return None
+        what = "download and of disk" if isinstance(spec, HubSource) else "disk"
+        return f"{size / 1e6:.0f} MB of {what}"
+
+    def work(self, work: Work[NoInputs]) -> None:
+        from phi3_mlflow.checkpoints.validate import validate_checkpoint
+        from phi3_mlflow.sources.fetch import fetch_source
+
+        profile = work.request.profile
+        fetched = fetch_source(
+            pinned(profile.origin, work.settings["source_revision"]),
+            work.out,
+            sha256=profile.sha256,
+            base_dir=work.request.base_directory,
+            downloads=work.cache.downloads,
+            progress=show_progress,
+            time_limit_s=profile.time_limit_s,
+            remote_code=profile.remote_code,
+        )
+        info = validate_checkpoint(work.out)
+        write_provenance(
+            work.out,
+            {
+                "base_model": profile.base_model,
+                "changes": list(fetched.changes),
+                "checkpoint_sha256": content_digest(work.out),
+                "licence": profile.licence,
+                "lock": fetched.lock,
+                "source": profile.origin,
+                "source_revision": fetched.revision,
+            },
+        )
+        work.metrics["parameters"] = float(info.parameters)
+        work.metrics["bytes_downloaded"] = float(fetched.bytes_downloaded)
+        for change in fetched.changes:
+            console.say(f"  {change}")
+        console.say(f"  {info.parameters / 1e6:.1f} million parameters, {info.architecture}")
+
+    def after(self, request: Request, entry: Entry) -> None:
+        """Write the pinned source and its files' hashes where the user wants them."""
+        from phi3_mlflow.sources.fetch import write_lock
+
+        if request.is_auto("lock"):
+            return
+        known = read_provenance(entry.path)
+        file = Path(request.value("lock")).expanduser()
+        try:
+            file.write_text(write_lock(known["source"], known["source_revision"], known["lock"]))
+        except OSError as error:
+            raise UserError(
+                f"parameter: lock = {request.value('lock')!r}: cannot be written: {error.strerror}"
+            ) from error
+        console.say(f"  the lock is in {file.absolute()}; put its lines into the profile")
 
 
 def revision(request: Request) -> str:
@@ -33,12 +121,12 @@ def revision(request: Request) -> str:
     Raises:
         EnvironmentProblem: the branch that it follows cannot be asked for.
     """
-    from phi3_mlflow.sources import resolve_revision
+    from phi3_mlflow.sources.fetch import resolve_revision
 
     profile = request.profile
     spec = parse_source(profile.origin)
     try:
-        return resolve_revision(spec, sha256=profile.sha256, base_dir=base_directory(request))
+        return resolve_revision(spec, sha256=profile.sha256, base_dir=request.base_directory)
     except EnvironmentProblem as error:
         if isinstance(spec, HubSource) and not spec.pinned:
             raise EnvironmentProblem(
@@ -66,100 +154,10 @@ def where(request: Request, followed: Mapping[str, str]) -> str | None:
     return f"{request.profile.origin} is at {now} now{moved if before else ''}."
 
 
-def settings(request: Request) -> dict[str, Any]:
-    profile = request.profile
-    return {
-        "source": profile.origin,
-        # `main` asks once: a branch may move between two questions.
-        "source_revision": request.values.get(REVISION) or revision(request),
-        "sha256": profile.sha256,
-        "remote_code": profile.remote_code,
-        "base_model": profile.base_model,
-        "licence": profile.licence,
-    }
-
-
-def foresee(request: Request, inputs: Mapping[str, Input]) -> str | None:
-    from phi3_mlflow.sources import size_of_source
-
-    spec = parse_source(request.profile.origin)
-    size = size_of_source(spec, base_dir=base_directory(request))
-    if size is None:
-        return None
-    what = "download and of disk" if isinstance(spec, HubSource) else "disk"
-    return f"{size / 1e6:.0f} MB of {what}"
-
-
-def work(work: Work) -> None:
-    from phi3_mlflow.checkpoints.validate import validate_checkpoint
-    from phi3_mlflow.sources import fetch_source
-
-    profile = work.request.profile
-    fetched = fetch_source(
-        pinned(profile.origin, work.settings["source_revision"]),
-        work.out,
-        sha256=profile.sha256,
-        base_dir=base_directory(work.request),
-        downloads=work.store.downloads,
-        progress=show_progress,
-        time_limit_s=profile.time_limit_s,
-        remote_code=profile.remote_code,
-    )
-    info = validate_checkpoint(work.out)
-    write_provenance(
-        work.out,
-        {
-            "base_model": profile.base_model,
-            "changes": list(fetched.changes),
-            "checkpoint_sha256": content_digest(work.out),
-            "licence": profile.licence,
-            "lock": fetched.lock,
-            "source": profile.origin,
-            "source_revision": fetched.revision,
-        },
-    )
-    work.metrics["parameters"] = float(info.parameters)
-    work.metrics["bytes_downloaded"] = float(fetched.bytes_downloaded)
-    for change in fetched.changes:
-        console.say(f"  {change}")
-    console.say(f"  {info.parameters / 1e6:.1f} million parameters, {info.architecture}")
-
-
 def pinned(source: str, revision: str) -> SourceSpec:
     """The source at the revision that went into the key: a branch may move in the meantime."""
     spec = parse_source(source)
     return parse_source(f"hf:{spec.repo}@{revision}") if isinstance(spec, HubSource) else spec
 
 
-def write_lock_file(request: Request, entry: Entry) -> None:
-    """Write the pinned source and its files' hashes where the user wants them."""
-    if request.is_auto("lock"):
-        return
-    from phi3_mlflow.sources import write_lock
-
-    known = read_provenance(entry.path)
-    file = Path(request.value("lock")).expanduser()
-    try:
-        file.write_text(write_lock(known["source"], known["source_revision"], known["lock"]))
-    except OSError as error:
-        raise UserError(
-            f"parameter: lock = {request.value('lock')!r}: cannot be written: {error.strerror}"
-        ) from error
-    console.say(f"  the lock is in {file.absolute()}; put its lines into the profile")
-
-
-def base_directory(request: Request) -> Path:
-    """What a relative `file:` source counts from: the folder of the profile's file."""
-    return find_profile(request.value("profile")).absolute().parent
-
-
-STEP = Step(
-    name="fetch",
-    summary="getting the checkpoint from its source",
-    parameters=("source", "time_limit_s", "lock"),
-    inputs=lambda request, store: {},
-    settings=settings,
-    work=work,
-    after=write_lock_file,
-    foresee=foresee,
-)
+STEP = Fetch()

@@ -10,75 +10,106 @@ the ONNX flavor is models-from-code over onnxruntime-genai, complete in itself.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
+from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.core.git import origin
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, ONNX, folder_input
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
-from phi3_mlflow.pipeline.step import (
-    CHECKPOINT,
-    ONNX,
-    Input,
-    Step,
-    Work,
-    folder_input,
-    library_versions,
-    read_record,
-)
-from phi3_mlflow.stages import export, fetch, quantize
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
-from phi3_mlflow.tracking.runs import git_commit, tracking_identity
+from phi3_mlflow.stages.records import LoggedModel, LoggedModels
+from phi3_mlflow.tracking.connection import connect, tracking_identity
+
+
+@dataclass(frozen=True)
+class LogInputs:
+    """What goes into the model: an ONNX directory, a checkpoint, or both."""
+
+    onnx: Folder | None
+    checkpoint: Folder | None
+
+    def folder(self, flavor: str) -> Path:
+        """The files of a flavor.
+
+        Raises:
+            LookupError: they were not asked for.
+        """
+        given = self.onnx if flavor == "onnx" else self.checkpoint
+        if given is None:
+            raise LookupError(flavor)
+        return given.value
+
+
+class Log(Step[LogInputs, LoggedModels]):
+    """ONNX directory or checkpoint to logged model."""
+
+    name = "log"
+    doing = "logging the model to MLflow"
+    parameters = step_parameters("checkpoint", "onnx", "flavor", "contract")
+    record_type = LoggedModels
+    in_mlflow = True
+    copies = (
+        "phi3_mlflow.flavors.chat_model",
+        "phi3_mlflow.flavors.prompt_model",
+        "phi3_mlflow.runtime.python_model",
+    )
+
+    def inputs(self, request: Request, cache: StepCache) -> LogInputs:
+        chosen = flavors(request)
+        return LogInputs(
+            folder_input(request, cache, "onnx", "export", ONNX) if "onnx" in chosen else None,
+            folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
+            if "transformers" in chosen
+            else None,
+        )
+
+    def settings(self, request: Request) -> Settings:
+        profile = request.profile
+        return {
+            "flavor": profile.flavor,
+            "contract": profile.contract,
+            "runtime": profile.runtime.model_dump(mode="json"),
+            "tracking": tracking_identity(),
+        }
+
+    def work(self, work: Work[LogInputs]) -> None:
+        models = []
+        for flavor in flavors(work.request):
+            directory = work.inputs.folder(flavor)
+            tags = version_tags(flavor, directory)
+            model_id = find_logged(work, flavor)
+            if model_id is None:
+                log = log_onnx_model if flavor == "onnx" else log_transformers_model
+                try:
+                    model_id = log(work, directory, tags | {"step_key": work.key}).model_id
+                except BaseException:
+                    with suppress(Exception):  # what went wrong is to be told, not this
+                        find_logged(work, flavor)
+                    raise
+            uri = f"models:/{model_id}"
+            models.append(LoggedModel(flavor=flavor, model_id=model_id, model_uri=uri, tags=tags))
+        LoggedModels(models=tuple(models)).write(work.out)
+
+    def missing(self, entry: Entry) -> str | None:
+        connect()
+        troubles = (trouble(model.model_id) for model in self.record_of(entry).models)
+        return next(filter(None, troubles), None)
 
 
 def flavors(request: Request) -> list[str]:
+    """The flavors that the profile asks for, the one that may become champion first."""
     flavor = request.profile.flavor
     return ["onnx", "transformers"] if flavor == "both" else [flavor]
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    found = {}
-    for flavor in flavors(request):
-        onnx = flavor == "onnx"
-        name, before, what = (
-            ("onnx", "export", ONNX) if onnx else ("checkpoint", "fetch", CHECKPOINT)
-        )
-        found[name] = folder_input(request, store, name, before, what)
-    return found
-
-
-def settings(request: Request) -> dict[str, Any]:
-    profile = request.profile
-    return {
-        "flavor": profile.flavor,
-        "contract": profile.contract,
-        "runtime": profile.runtime.model_dump(mode="json"),
-        "tracking": tracking_identity(),
-    }
-
-
-def work(work: Work) -> None:
-    models = []
-    for flavor in flavors(work.request):
-        directory = work.inputs["onnx" if flavor == "onnx" else "checkpoint"].path
-        tags = version_tags(flavor, directory)
-        model_id = find_logged(work, flavor)
-        if model_id is None:
-            log = log_onnx_model if flavor == "onnx" else log_transformers_model
-            try:
-                model_id = log(work, directory, tags | {"step_key": work.key}).model_id
-            except BaseException:
-                with suppress(Exception):  # what went wrong is to be told, not this
-                    find_logged(work, flavor)
-                raise
-        uri = f"models:/{model_id}"
-        models.append({"flavor": flavor, "model_id": model_id, "model_uri": uri, "tags": tags})
-    work.record({"models": models})
-
-
-def find_logged(work: Work, flavor: str) -> str | None:
+def find_logged(work: Work[LogInputs], flavor: str) -> str | None:
     """The model that an earlier run logged before it was killed, when it is whole.
 
     A model that was left unfinished is deleted, its files too: nobody else works under this key.
@@ -99,14 +130,14 @@ def find_logged(work: Work, flavor: str) -> str | None:
                 if model.model_id in model.artifact_location:
                     get_artifact_repository(model.artifact_location).delete_artifacts()
             client.delete_logged_model(model.model_id)
-        elif not work.request.flag("force") and not _trouble(model.model_id):
+        elif not work.request.flag("force") and not trouble(model.model_id):
             found = str(model.model_id)
     return found
 
 
-def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
-    from phi3_mlflow.flavors.onnx import log_onnx
+def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> Any:
     from phi3_mlflow.flavors.bundle import requirements
+    from phi3_mlflow.flavors.onnx import log_onnx
 
     profile = work.request.profile
     return log_onnx(
@@ -122,7 +153,7 @@ def log_onnx_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
     )
 
 
-def log_transformers_model(work: Work, directory: Path, tags: dict[str, str]) -> Any:
+def log_transformers_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> Any:
     from phi3_mlflow.flavors.bundle import requirements
     from phi3_mlflow.flavors.transformers import log_transformers
 
@@ -146,12 +177,11 @@ def licence_text(directory: Path) -> str | None:
     return "\n\n".join(text.strip() for text in texts) + "\n" if texts else None
 
 
-def metadata(work: Work, directory: Path) -> dict[str, Any]:
+def metadata(work: Work[LogInputs], directory: Path) -> dict[str, Any]:
     """What the model carries about itself: its licence, and how to make it again."""
     profile = work.request.profile
     known: dict[str, Any] = {"licence": profile.licence, "base_model": profile.base_model}
-    libraries = library_versions(fetch.STEP, quantize.STEP, export.STEP)
-    recipe = recipe_of(profile, directory, fetch.base_directory(work.request), libraries)
+    recipe = recipe_of(profile, directory, work.request.base_directory)
     return known if recipe is None else known | {METADATA_KEY: recipe.metadata()}
 
 
@@ -166,19 +196,11 @@ def version_tags(flavor: str, directory: Path) -> dict[str, str]:
         "source_revision": str(known.get("source_revision", "unknown")),
         "checkpoint_sha256": str(known.get("checkpoint_sha256", "unknown")),
         "artifact_sha256": str(known.get("artifact_sha256") or content_digest(directory)),
-        "git_commit": git_commit(),
+        "git_commit": origin().commit,
     }
 
 
-def still_there(entry: Entry) -> str | None:
-    from phi3_mlflow.tracking.runs import connect
-
-    connect()
-    troubles = (_trouble(model["model_id"]) for model in read_record(entry)["models"])
-    return next(filter(None, troubles), None)
-
-
-def _trouble(model_id: str) -> str | None:
+def trouble(model_id: str) -> str | None:
     """What is wrong with a logged model, if anything is."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -195,17 +217,4 @@ def _trouble(model_id: str) -> str | None:
     return None
 
 
-STEP = Step(
-    name="log",
-    summary="logging the model to MLflow",
-    parameters=("checkpoint", "onnx", "flavor", "contract"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    copies=(
-        "phi3_mlflow.flavors.chat_model",
-        "phi3_mlflow.flavors.prompt_model",
-        "phi3_mlflow.runtime.python_model",
-    ),
-    still_there=still_there,
-)
+STEP = Log()

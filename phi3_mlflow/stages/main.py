@@ -13,134 +13,162 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from phi3_mlflow.config.loading import find_profile, profile_names
 from phi3_mlflow.config.parameters import Request
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
-from phi3_mlflow.evaluation.figures import readable
-from phi3_mlflow.pipeline.dry_run import DryRun, Unknown, text
+from phi3_mlflow.core.console import summary_line
+from phi3_mlflow.core.git import origin
+from phi3_mlflow.core.shipped import checkout
+from phi3_mlflow.evaluation.metrics import headline
+from phi3_mlflow.pipeline.command import Command
+from phi3_mlflow.pipeline.dry_run import foretell, text
 from phi3_mlflow.pipeline.runner import Pipeline
-from phi3_mlflow.pipeline.step import Outcome
+from phi3_mlflow.pipeline.sequence import Done, Part, follow
 from phi3_mlflow.stages import evaluate, export, fetch, log, promote, quantize, register, search
+from phi3_mlflow.stages.evaluate import headline_metrics
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import connect, step_run, summary_line, tracking_identity
+from phi3_mlflow.tracking.connection import connect, tracking_identity
+from phi3_mlflow.tracking.runs import step_run
 
-STEPS = (fetch, search, quantize, export, log, register, evaluate, promote)
-PARAMETERS = (
-    "profile",
-    "source",
-    "flavor",
-    "contract",
-    "precision",
-    "algorithm",
-    "block_size",
-    "registered_model",
-    "size",
-    "questions",
-    "force",
-    "dry_run",
-    "quiet",
+FETCH, SEARCH, QUANTIZE, EXPORT = fetch.STEP, search.STEP, quantize.STEP, export.STEP
+LOG, REGISTER, EVALUATE, PROMOTE = log.STEP, register.STEP, evaluate.STEP, promote.STEP
+
+
+def searches(profile: Profile) -> bool:
+    """Whether the quantization is to be chosen among several."""
+    return profile.quantizes and profile.search.on
+
+
+def with_the_best(profile: Profile, done: Done) -> Profile:
+    """The profile with the settings that the search has chosen."""
+    return search.as_profile(profile, done.record(SEARCH).best)
+
+
+def logged_folders(done: Done) -> Mapping[str, object]:
+    """What `log` takes: the checkpoint, and the ONNX directory where there is one."""
+    onnx = {"onnx": done.folder(EXPORT)} if EXPORT in done else {}
+    return {"checkpoint": done.folder(FETCH), **onnx}
+
+
+SEQUENCE = (
+    Part(FETCH, lambda done: {}),
+    Part(SEARCH, lambda done: {"checkpoint": done.folder(FETCH)}, searches, with_the_best),
+    Part(QUANTIZE, lambda done: {"checkpoint": done.folder(FETCH)}, lambda p: p.quantizes),
+    Part(EXPORT, lambda done: {"checkpoint": done.folder(QUANTIZE, FETCH)}, lambda p: p.makes_onnx),
+    Part(LOG, logged_folders),
+    Part(REGISTER, lambda done: {"model_uri": done.record(LOG)}),
+    Part(
+        EVALUATE,
+        lambda done: {"version": done.record(REGISTER), "checkpoint": done.folder(FETCH)},
+    ),
+    Part(PROMOTE, lambda done: {"version": done.record(REGISTER).challenger}),
 )
-CHOICES = {"force": ("true", "false", "all", *(module.STEP.name for module in STEPS))}
+"""The steps in their order, each with the condition on which a profile needs it."""
 
 
-def main(request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    if request.flag("force"):
-        request = Request(request.profile, {**request.values, "force": "all"})
-    if request.flag("dry_run"):
-        print(foretell(request), flush=True)
-        return
-    with step_run("main", request, None) as run:
-        aside = set() if request.profile.search.on else {"search"}
-        run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
-        with Pipeline(request, run.run_id) as pipeline:
-            result = sequence(pipeline, request, fetch.followed(request))
-            run.log_headline(evaluate.headline_metrics(result.record))
-            report(request, pipeline, result)
-    done = sum(not outcome.hit for outcome in pipeline.outcomes)
-    print(
-        summary_line(
-            step="main", status="done", profile=request.profile.name, steps_done=done,
-            run_id=run.run_id, **run.figures(),
-        ),
-        flush=True,
+class Main(Command):
+    """From the source to the champion."""
+
+    name = "main"
+    parameters = (
+        "profile", "source", "flavor", "contract", "precision", "algorithm", "block_size",
+        "registered_model", "size", "questions", "force", "dry_run", "quiet",
     )  # fmt: skip
+    choices = {"force": ("true", "false", "all", *(part.step.name for part in SEQUENCE))}  # noqa: RUF012
+
+    def run(self, request: Request) -> None:
+        if request.flag("force"):
+            request = Request(request.profile, {**request.values, "force": "all"})
+        if request.flag("dry_run"):
+            connect()
+            moved = fetch.followed(request)
+            forecasts = foretell(sequence(moved), request)
+            print(text(forecasts, fetch.where(request, moved)), flush=True)
+            return
+        with step_run("main", request.profile.name) as run:
+            aside = set() if request.profile.search.on else {"search"}
+            run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
+            with Pipeline(request, run.run_id) as pipeline:
+                done = follow(sequence(fetch.followed(request)), pipeline)
+                run.log_headline(headline_metrics(done.record(EVALUATE).challenger))
+                report(request, pipeline, done)
+        worked = sum(not outcome.hit for outcome in pipeline.outcomes)
+        print(
+            summary_line(
+                step="main", status="done", profile=request.profile.name, steps_done=worked,
+                run_id=run.run_id, **run.figures(),
+            ),
+            flush=True,
+        )  # fmt: skip
 
 
-def foretell(request: Request) -> str:
-    """What this run would do, without doing it."""
-    connect()
-    dry = DryRun(request)
-    profile = request.profile
-    followed = fetch.followed(request)
-    skipped = {
-        "search": not (profile.quantizes and profile.search.on),
-        "quantize": not profile.quantizes,
-        "export": not profile.makes_onnx,
-    }
-    try:
-        sequence(dry, request, followed)
-    except Unknown:
-        dry.rest([module.STEP for module in STEPS if not skipped.get(module.STEP.name)])
-    return text(dry.forecasts, fetch.where(request, followed))
+def sequence(moved: Mapping[str, str]) -> tuple[Part, ...]:
+    """The steps, the first of them told where the branch that the profile follows is now."""
+    return (Part(FETCH, lambda done: moved), *SEQUENCE[1:])
 
 
-def sequence(pipeline: Pipeline | DryRun, request: Request, followed: Mapping[str, str]) -> Outcome:
-    """The steps that the profile needs, each given what those before it made."""
-    profile = request.profile
-    checkpoint = path = str(pipeline.run(fetch.STEP, **followed).entry.path)
-    if profile.quantizes:
-        if profile.search.on:
-            found = pipeline.run(search.STEP, checkpoint=checkpoint)
-            pipeline.go_on_with(search.chosen(request, found.record))
-        path = str(pipeline.run(quantize.STEP, checkpoint=checkpoint).entry.path)
-    if profile.makes_onnx:
-        onnx = str(pipeline.run(export.STEP, checkpoint=path).entry.path)
-        logged = pipeline.run(log.STEP, checkpoint=checkpoint, onnx=onnx)
-    else:
-        logged = pipeline.run(log.STEP, checkpoint=checkpoint)
-    uris = ",".join(model["model_uri"] for model in logged.record["models"])
-    registered = pipeline.run(register.STEP, model_uri=uris)
-    challenger = register.challenger(registered.entry)
-    others = [f"models:/{v['name']}/{v['version']}" for v in registered.record["versions"]]
-    versions = sorted(others, key=lambda uri: uri != challenger.uri)
-    evaluated = pipeline.run(evaluate.STEP, version=",".join(versions), checkpoint=checkpoint)
-    pipeline.run(promote.STEP, version=challenger.uri)
-    return evaluated
-
-
-def report(request: Request, pipeline: Pipeline, evaluated: Outcome) -> None:
+def report(request: Request, pipeline: Pipeline, done: Done) -> None:
     """Tell the person who started it what there is now, and what to do with it."""
     name = request.profile.registered_model
     aliases = {alias: registry.alias_of(name, alias) for alias in ("challenger", "champion")}
-    worked = [o.step for o in pipeline.outcomes[:-1] if not o.hit]
-    promotion = pipeline.outcomes[-1].record
+    worked = [outcome for outcome in pipeline.outcomes[:-1] if not outcome.hit]
     lines = ["", "-" * 78]
-    if not worked and not promotion["moved"]:
+    if not worked and not done.record(PROMOTE).moved:
         lines.append("Nothing to do: everything is as an earlier run left it.")
     lines.append(f"Registered model  {name}")
     lines += [f"  {alias:<12} version {version}" for alias, version in aliases.items() if version]
     lines.append("Measured")
-    metrics = evaluate.headline_metrics(evaluated.record)
-    lines += [f"  {label:<34} {text}" for label, text in readable(metrics)]
-    sample = next(iter(evaluated.record["versions"].values()))["sample"]
-    lines += ["Asked", f"  {sample['question']}", f"  > {sample['answer']}"]
-    lines += ["Next", *(f"  {line}" for line in next_commands(name))]
+    evaluated = done.record(EVALUATE).challenger
+    lines += [f"  {label:<34} {shown}" for label, shown in headline(headline_metrics(evaluated))]
+    lines += ["Asked", f"  {evaluated.sample.question}", f"  > {evaluated.sample.answer}"]
+    lines += ["Next", *(f"  {line}" for line in next_commands(request))]
     console.say("\n".join([*lines, "-" * 78]))
 
 
-def next_commands(name: str) -> list[str]:
+def next_commands(request: Request) -> list[str]:
     """Commands to copy, with the programs of the environment this runs in."""
     mlflow = Path(sys.executable).with_name("mlflow")
     program = str(mlflow) if mlflow.exists() else "mlflow"
     if mlflow.is_relative_to(Path.cwd()):
         program = str(mlflow.relative_to(Path.cwd()))
     store = shlex.quote(tracking_identity())
+    name, profile = request.profile.registered_model, shlex.quote(_from_anywhere(request))
+    project = _project()
+    serve = (
+        f"phi3-mlflow serve --profile {profile}"
+        if project is None
+        else f"{program} run {project} -e serve --env-manager local -P profile={profile}"
+    )
     return [
         "look at it:       " + f"{program} ui --backend-store-uri {store}",
-        "serve it:         " + f"MLFLOW_TRACKING_URI={store} {program} models serve "
+        "serve it:         " + f"MLFLOW_TRACKING_URI={store} {serve}",
+        "  or with MLflow: " + f"MLFLOW_TRACKING_URI={store} {program} models serve "
         f"-m models:/{name}@champion --env-manager local -p 5001",
         "run Phi-3-mini:   make run PROFILE=phi-3-mini-4k",
     ]
+
+
+def _from_anywhere(request: Request) -> str:
+    """The profile as it is named from any working folder."""
+    given = request.value("profile")
+    return given if given in profile_names() else str(find_profile(given).absolute())
+
+
+def _project() -> str | None:
+    """How `mlflow run` is told where the project is; None for an installed package."""
+    root = checkout()
+    if root is None:
+        return None
+    if root == Path.cwd():
+        return "."
+    # `mlflow run GIT_URL` works in a clone that is gone afterwards.
+    passing = root.is_relative_to(Path(tempfile.gettempdir()).resolve())
+    return shlex.quote((origin().url if passing else None) or str(root))
+
+
+COMMAND = Main()

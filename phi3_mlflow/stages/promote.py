@@ -3,60 +3,81 @@
     mlflow run . -e promote -P profile=smollm2-135m
     python -m steps.promote --profile smollm2-135m --action rollback
 
-Ends with code 3, the alias untouched, when the gate said no. `force=true` moves it all the same
+Ends with code 3, the alias untouched, when the gate said no. `overrule=true` moves it all the same
 and is recorded as forced. A version that is champion already stays so, and so does a champion
 that the version is not shown to match.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
-from phi3_mlflow.pipeline.step import Input, Step, Work
-from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import tracking_identity
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
+from phi3_mlflow.stages.records import PromotionRecord
+from phi3_mlflow.tracking import promotion, registry
+from phi3_mlflow.tracking.connection import tracking_identity
+from phi3_mlflow.tracking.registry import VersionName
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    if request.value("action") == "rollback":
-        return {}
-    version = registry.find_version(request.value("version"), request.profile.registered_model)
-    return {"version": Input(version.uri, version.uri)}
+@dataclass(frozen=True)
+class PromoteInputs:
+    """A version; none for a rollback."""
+
+    version: Input[VersionName] | None
 
 
-def settings(request: Request) -> dict[str, Any]:
-    return {
-        "action": request.value("action"),
-        "force": request.flag("force"),
-        "registered_model": request.profile.registered_model,
-        "tracking": tracking_identity(),
-    }
+class Promote(Step[PromoteInputs, PromotionRecord]):
+    """Verdict to alias."""
 
+    name = "promote"
+    doing = "moving the alias champion, if the gate allows it"
+    parameters = step_parameters("version", "registered_model", "action", "overrule")
+    record_type = PromotionRecord
+    in_mlflow = True
+    in_main_process = True
+    cached = False
 
-def work(work: Work) -> None:
-    request = work.request
-    if request.value("action") == "rollback":
-        done = registry.rollback(request.profile.registered_model)
-    else:
-        version = registry.find_version(
-            work.inputs["version"].location, request.profile.registered_model
+    def inputs(self, request: Request, cache: StepCache) -> PromoteInputs:
+        if request.value("action") == "rollback":
+            return PromoteInputs(None)
+        version = request.handed("version", VersionName) or registry.find_version(
+            request.value("version"), request.profile.registered_model
         )
-        done = registry.promote(version, force=request.flag("force"))
-    state = "is now" if done.moved else "stays"
-    console.say(f"  {registry.CHAMPION} {state} {done.champion.uri}: {done.reason}")
-    work.record(done.record())
+        return PromoteInputs(Input(version, version.uri, version.uri))
+
+    def settings(self, request: Request) -> Settings:
+        return {
+            "action": request.value("action"),
+            "overrule": overrules(request),
+            "registered_model": request.profile.registered_model,
+            "tracking": tracking_identity(),
+        }
+
+    def work(self, work: Work[PromoteInputs]) -> None:
+        request, version = work.request, work.inputs.version
+        if request.flag("force") and not request.flag("overrule"):
+            console.say(
+                "  force=true of promote is called overrule=true now; it still moves the alias in "
+                "this version of the project, and will mean `do it again` in the next"
+            )
+        if version is None:
+            done = promotion.rollback(request.profile.registered_model)
+        else:
+            done = promotion.promote(version.value, overrule=overrules(request))
+        state = "is now" if done.moved else "stays"
+        console.say(f"  {registry.CHAMPION} {state} {done.champion.uri}: {done.reason}")
+        PromotionRecord(
+            champion=done.champion.uri, before=done.before, moved=done.moved, reason=done.reason
+        ).write(work.out)
 
 
-STEP = Step(
-    name="promote",
-    summary="moving the alias champion, if the gate allows it",
-    parameters=("version", "registered_model", "action"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    always=True,
-    light=True,
-)
+def overrules(request: Request) -> bool:
+    """Whether the gate is to be overruled; `force` said so up to version 0.1."""
+    return request.flag("overrule") or request.flag("force")
+
+
+STEP = Promote()

@@ -9,30 +9,91 @@ logged model. The same logged model again makes no second version.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
+from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.pipeline.step import Input, Step, Work, preceding_output, read_record
+from phi3_mlflow.pipeline.inputs import preceding_output
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
+from phi3_mlflow.stages.records import (
+    LoggedModel,
+    LoggedModels,
+    RegisteredVersion,
+    RegisteredVersions,
+)
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import tracking_identity
+from phi3_mlflow.tracking.connection import connect, tracking_identity
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    if request.is_auto("model_uri"):
-        entry = preceding_output(request, store, "model_uri", "log")
-        uris = [model["model_uri"] for model in read_record(entry)["models"]]
-    else:
-        uris = request.value("model_uri").replace(",", " ").split()
-    models = [_logged_model(uri) for uri in uris]
-    digest = " ".join(model["identity"] for model in models)
-    return {"model_uri": Input(" ".join(uris), digest, {"models": models})}
+@dataclass(frozen=True)
+class RegisterInputs:
+    """Logged models."""
+
+    model_uri: Input[tuple[LoggedModel, ...]]
 
 
-def _logged_model(uri: str) -> dict[str, Any]:
+class Register(Step[RegisterInputs, RegisteredVersions]):
+    """Logged model to version of a registered model."""
+
+    name = "register"
+    doing = "registering the logged model as a version"
+    parameters = step_parameters("model_uri", "registered_model")
+    record_type = RegisteredVersions
+    in_mlflow = True
+    in_main_process = True
+
+    def inputs(self, request: Request, cache: StepCache) -> RegisterInputs:
+        connect()
+        models = [logged_model(uri) for uri in _model_uris(request, cache)]
+        identity = " ".join(model.model_id for model in models)
+        shown = " ".join(model.model_uri for model in models)
+        return RegisterInputs(Input(tuple(models), identity, shown))
+
+    def settings(self, request: Request) -> Settings:
+        return {
+            "registered_model": request.profile.registered_model,
+            "tracking": tracking_identity(),
+        }
+
+    def work(self, work: Work[RegisterInputs]) -> None:
+        profile = work.request.profile
+        versions = []
+        for model in work.inputs.model_uri.value:
+            tags = {**model.tags, "profile": profile.name}
+            made = registry.register(
+                model.model_uri, profile.registered_model, tags, model_card(profile, tags)
+            )
+            console.say(f"  {made.uri} ({model.flavor})")
+            versions.append(
+                RegisteredVersion(name=made.name, version=made.version, flavor=model.flavor)
+            )
+        RegisteredVersions(versions=tuple(versions)).write(work.out)
+
+    def missing(self, entry: Entry) -> str | None:
+        for version in self.record_of(entry).versions:
+            if not registry.exists(version.version_name):
+                return f"version {version.version_name.uri} is no longer in the registry"
+        return None
+
+    def after(self, request: Request, entry: Entry) -> None:
+        registry.set_alias(self.record_of(entry).challenger, registry.CHALLENGER)
+
+
+def _model_uris(request: Request, cache: StepCache) -> list[str]:
+    logged = request.handed("model_uri", LoggedModels)
+    if logged is None and request.is_auto("model_uri"):
+        entry = preceding_output(request, cache, "model_uri", "log", in_mlflow=True)
+        logged = LoggedModels.read(entry.path)
+    if logged is None:
+        return request.value("model_uri").replace(",", " ").split()
+    return [model.model_uri for model in logged.models]
+
+
+def logged_model(uri: str) -> LoggedModel:
     """What MLflow knows of a logged model.
 
     Raises:
@@ -41,9 +102,6 @@ def _logged_model(uri: str) -> dict[str, Any]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from phi3_mlflow.tracking.runs import connect
-
-    connect()
     try:
         info = mlflow.models.get_model_info(uri)
         tags = dict(mlflow.get_logged_model(info.model_id).tags) if info.model_id else {}
@@ -53,58 +111,12 @@ def _logged_model(uri: str) -> dict[str, Any]:
             "Give models:/m-... (from the log step), or runs:/RUN_ID/NAME."
         ) from error
     tags.setdefault("flavor", "transformers" if "transformers" in info.flavors else "onnx")
-    known = {key: str(value) for key, value in tags.items() if key in registry.VERSION_TAGS}
-    identity = info.model_id or info.model_uuid
-    return {"flavor": tags["flavor"], "model_uri": uri, "identity": identity, "tags": known}
+    return LoggedModel(
+        flavor=tags["flavor"],
+        model_id=info.model_id or info.model_uuid,
+        model_uri=uri,
+        tags={key: str(value) for key, value in tags.items() if key in registry.VERSION_TAGS},
+    )
 
 
-def settings(request: Request) -> dict[str, Any]:
-    return {
-        "registered_model": request.profile.registered_model,
-        "tracking": tracking_identity(),
-    }
-
-
-def work(work: Work) -> None:
-    profile = work.request.profile
-    versions = []
-    for model in work.inputs["model_uri"].facts["models"]:
-        tags = {**model["tags"], "profile": profile.name}
-        made = registry.register(
-            model["model_uri"], profile.registered_model, tags, model_card(profile, tags)
-        )
-        console.say(f"  {made.uri} ({model['flavor']})")
-        versions.append({"name": made.name, "version": made.version, "flavor": model["flavor"]})
-    work.record({"versions": versions})
-
-
-def challenger(entry: Entry) -> registry.VersionName:
-    """The version that may become champion: the ONNX one where there are two."""
-    versions = read_record(entry)["versions"]
-    first = next((v for v in versions if v["flavor"] == "onnx"), versions[0])
-    return registry.VersionName(first["name"], first["version"])
-
-
-def after(request: Request, entry: Entry) -> None:
-    registry.set_alias(challenger(entry), registry.CHALLENGER)
-
-
-def still_there(entry: Entry) -> str | None:
-    for version in read_record(entry)["versions"]:
-        name = registry.VersionName(version["name"], version["version"])
-        if not registry.exists(name):
-            return f"version {name.uri} is no longer in the registry"
-    return None
-
-
-STEP = Step(
-    name="register",
-    summary="registering the logged model as a version",
-    parameters=("model_uri", "registered_model"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    still_there=still_there,
-    after=after,
-    light=True,
-)
+STEP = Register()

@@ -11,14 +11,17 @@ code 0 when every file is the same, with code 4 when one differs. Registers noth
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from dataclasses import dataclass
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.artifacts.manifests import Manifest
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import NotReproduced, UserError
-from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe
+from phi3_mlflow.core.git import UNKNOWN, origin
+from phi3_mlflow.core.shipped import checkout
+from phi3_mlflow.pipeline.recipe import Recipe, artifact_libraries
 from phi3_mlflow.pipeline.reproduction import (
     Code,
     changed_libraries,
@@ -26,107 +29,113 @@ from phi3_mlflow.pipeline.reproduction import (
     rebuild,
     write_profile,
 )
-from phi3_mlflow.pipeline.step import ROOT, Input, Step, Work, library_versions
-from phi3_mlflow.stages import export, fetch, quantize
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
+from phi3_mlflow.stages.records import ReproductionRecord
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import close_child, git_commit, open_child, tracking_identity
+from phi3_mlflow.tracking.connection import tracking_identity
+from phi3_mlflow.tracking.registry import VersionName
+from phi3_mlflow.tracking.runs import close_child, open_child
 
 _SHOWN = 5  # differing files
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
-    version = registry.find_version(request.value("version"), request.profile.registered_model)
-    return {"version": Input(version.uri, f"{version.uri}#{registry.content(version)}")}
+@dataclass(frozen=True)
+class ReproduceInputs:
+    """A version."""
+
+    version: Input[VersionName]
 
 
-def settings(request: Request) -> dict[str, Any]:
-    return {
-        "registered_model": request.profile.registered_model,
-        "tracking": tracking_identity(),
-    }
+class Reproduce(Step[ReproduceInputs, ReproductionRecord]):
+    """Version to the same bytes again, or a list of what differs."""
 
+    name = "reproduce"
+    doing = "making the version again"
+    parameters = step_parameters("version", "registered_model")
+    record_type = ReproductionRecord
+    in_mlflow = True
+    cached = False
 
-def libraries() -> dict[str, str]:
-    """The libraries that decide the bytes of an artifact, with their versions here."""
-    return library_versions(fetch.STEP, quantize.STEP, export.STEP)
-
-
-def work(work: Work) -> None:
-    import mlflow
-
-    version = registry.find_version(
-        work.inputs["version"].location, work.request.profile.registered_model
-    )
-    tags = registry.describe(version).tags
-    recipe = Recipe.read(mlflow.models.get_model_info(version.uri).metadata, version.uri)
-    registered = tags.get("artifact_sha256", "")
-    if recipe.files.digest != registered:
-        raise UserError(
-            f"{version.uri}: its tag artifact_sha256 ({registered}) is not the digest of the files "
-            f"in its recipe ({recipe.files.digest}): one of the two was changed after it was made"
+    def inputs(self, request: Request, cache: StepCache) -> ReproduceInputs:
+        version = registry.find_version(request.value("version"), request.profile.registered_model)
+        return ReproduceInputs(
+            Input(version, f"{version.uri}#{registry.content(version)}", version.uri)
         )
-    private = work.out / "again"
-    private.mkdir()
-    try:
-        code = code_at(tags.get("git_commit", "unknown"), ROOT, git_commit(), private / "code")
-        console.say(f"  {version.uri}, with the code of {code.commit}")
-        profile = write_profile(recipe, code, private)
-        made = rebuild(
-            tags.get("flavor", "onnx"), profile, code, private / "cache", open_child, close_child
-        )
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-    result = compared(version, recipe, code, made)
-    work.metrics["reproduced"] = float(result["same"])
-    work.record(result)
-    mlflow.log_metric("reproduced", float(result["same"]))
-    mlflow.log_dict(result, "reproduction.json")
-    mlflow.set_tags({"version": version.uri, "reproduced": str(result["same"]).lower()})
-    if not result["same"]:
-        raise NotReproduced(message(result, len(recipe.files.files)))
-    console.say(f"  the same: {len(recipe.files.files)} files, artifact_sha256 {registered}")
-    for note in notes(result):
-        console.say(f"  {note}")
+
+    def settings(self, request: Request) -> Settings:
+        return {
+            "registered_model": request.profile.registered_model,
+            "tracking": tracking_identity(),
+        }
+
+    def work(self, work: Work[ReproduceInputs]) -> None:
+        import mlflow
+
+        version = work.inputs.version.value
+        tags = registry.describe(version).tags
+        recipe = Recipe.read(mlflow.models.get_model_info(version.uri).metadata, version.uri)
+        registered = tags.get("artifact_sha256", "")
+        if recipe.files.digest != registered:
+            raise UserError(
+                f"{version.uri}: its tag artifact_sha256 ({registered}) is not the digest of the "
+                f"files in its recipe ({recipe.files.digest}): one of the two was changed after it "
+                "was made"
+            )
+        private = work.out / "again"
+        private.mkdir()
+        try:
+            code = code_at(tags.get("git_commit", UNKNOWN), origin(), private / "code", checkout())
+            console.say(f"  {version.uri}, with the code of {code.commit}")
+            profile = write_profile(recipe, code, private)
+            made = rebuild(
+                tags.get("flavor", "onnx"),
+                profile, code, private / "cache", open_child, close_child,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(private, ignore_errors=True)
+        result = compared(version, recipe, code, made)
+        result.write(work.out)
+        work.metrics["reproduced"] = float(result.same)
+        mlflow.log_metric("reproduced", float(result.same))
+        mlflow.log_dict(result.model_dump(mode="json"), "reproduction.json")
+        mlflow.set_tags({"version": version.uri, "reproduced": str(result.same).lower()})
+        if not result.same:
+            raise NotReproduced(message(result, len(recipe.files.files)))
+        console.say(f"  the same: {len(recipe.files.files)} files, artifact_sha256 {registered}")
+        for note in notes(result):
+            console.say(f"  {note}")
 
 
 def compared(
-    version: registry.VersionName, recipe: Recipe, code: Code, made: Manifest
-) -> dict[str, Any]:
-    """What came out, as JSON values."""
-    return {
-        "version": version.uri,
-        "same": made.digest == recipe.files.digest,
-        "artifact_sha256": {"registered": recipe.files.digest, "made_again": made.digest},
-        "differences": recipe.files.changes(made),
-        "code": {"commit": code.commit, "note": code.note},
-        "libraries_changed": changed_libraries(recipe, libraries()),
-        METADATA_KEY: recipe.metadata(),
-    }
+    version: VersionName, recipe: Recipe, code: Code, made: Manifest
+) -> ReproductionRecord:
+    """What came out."""
+    return ReproductionRecord(
+        version=version.uri,
+        same=made.digest == recipe.files.digest,
+        artifact_sha256={"registered": recipe.files.digest, "made_again": made.digest},
+        differences=tuple(recipe.files.changes(made)),
+        code={"commit": code.commit, "note": code.note},
+        libraries_changed=tuple(changed_libraries(recipe, artifact_libraries())),
+        recipe=recipe.metadata(),
+    )
 
 
-def message(result: dict[str, Any], files: int) -> str:
+def message(result: ReproductionRecord, files: int) -> str:
     """What a person needs to know when the bytes are not the same."""
-    differences = result["differences"]
-    lines = [f"{result['version']} did not come out the same: {len(differences)} of {files} files"]
+    differences = result.differences
+    lines = [f"{result.version} did not come out the same: {len(differences)} of {files} files"]
     lines += [f"  - {line}" for line in differences[:_SHOWN]]
     if len(differences) > _SHOWN:
         lines.append(f"  - and {len(differences) - _SHOWN} more, in reproduction.json of the run")
     return "\n".join([*lines, *notes(result)])
 
 
-def notes(result: dict[str, Any]) -> list[str]:
+def notes(result: ReproductionRecord) -> list[str]:
     """What was not as it was then."""
-    changed = result["libraries_changed"]
-    said = [f"Code: {result['code']['note']}"] if result["code"]["note"] else []
+    changed = result.libraries_changed
+    said = [f"Code: {result.code['note']}"] if result.code["note"] else []
     return said + ([f"Other versions of libraries: {', '.join(changed)}"] if changed else [])
 
 
-STEP = Step(
-    name="reproduce",
-    summary="making the version again",
-    parameters=("version", "registered_model"),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    always=True,
-)
+STEP = Reproduce()

@@ -12,80 +12,95 @@ the profile unless model_uri names another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
+from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import UserError, problem_list
-from phi3_mlflow.scoring.score import Order, Outcome, score
-from phi3_mlflow.tracking.runs import StepRun, step_run, summary_line
+from phi3_mlflow.pipeline.command import Command
+from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
+from phi3_mlflow.scoring.score import score
+from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.runs import StepRun, step_run
 
 if TYPE_CHECKING:
     from mlflow.data.dataset import Dataset
 
-PARAMETERS = (
-    "profile", "input", "output", "model_uri", "engine", "master", "workers", "batch_size", "batch",
-    "max_tokens", "temperature", "top_p", "seed", "force", "quiet",
-)  # fmt: skip
-CHOICES = {"force": ("true", "false")}
 _BATCH_SIZE = 16
 _BATCH = 8
 
-
-def main(request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    settings = read_settings(request)
-    with step_run("score", request, None) as run:
-        order = make_order(request, settings)
-        console.say(f"score: {order.input} with {order.model_uri}")
-        log_order(order)
-        outcome = score(order)
-        if outcome.was_there:
-            console.say("score: nothing to do, the output is there")
-        log_outcome(order, outcome)
-        print(summary(order, outcome, run), flush=True)
+N = TypeVar("N", int, float)
 
 
-def read_settings(request: Request) -> dict[str, Any]:
-    """The parameters as numbers and paths; None where they are left to others.
+class Score(Command):
+    """Answering the rows of a file."""
+
+    name = "score"
+    parameters = (
+        "profile", "input", "output", "model_uri", "engine", "master", "workers", "batch_size",
+        "batch", "max_tokens", "temperature", "top_p", "seed", "force", "quiet",
+    )  # fmt: skip
+    choices = {"force": ("true", "false")}  # noqa: RUF012 (as in Command)
+
+    def run(self, request: Request) -> None:
+        job = read_job(request)
+        with step_run("score", request.profile.name) as run:
+            job = replace(job, model_uri=model_uri(request))
+            console.say(f"score: {job.input} with {job.model_uri}")
+            log_job(job)
+            done = score(job)
+            if done.was_there:
+                console.say("score: nothing to do, the output is there")
+            log_summary(job, done)
+            print(summary(job, done, run), flush=True)
+
+
+def read_job(request: Request) -> ScoringJob:
+    """What the parameters ask for; the model is still to be looked up.
 
     Raises:
-        UserError: naming each one that is wrong.
+        UserError: naming each parameter that is wrong.
     """
     problems: list[str] = []
-    settings: dict[str, Any] = {
-        "workers": _number(request, "workers", int, 1, 1024, problems),
-        "batch_size": _number(request, "batch_size", int, 1, 100_000, problems),
-        "batch": _number(request, "batch", int, 1, 64, problems),
-        "max_tokens": _number(request, "max_tokens", int, 1, 2**31 - 1, problems),
-        "temperature": _number(request, "temperature", float, 0, 2, problems),
-        "top_p": _number(request, "top_p", float, 0, 1, problems),
-        "seed": _number(request, "seed", int, 0, 2**53, problems),
-    }
+
+    def number(name: str, kind: type[N], low: float, high: float) -> N | None:
+        return _number(request, name, kind, (low, high), problems)
+
+    files = {}
     for name in ("input", "output"):
         if request.is_auto(name):
             problems.append(f"parameter: {name} has to be given: the path of a file")
-        settings[name] = Path(request.value(name)).expanduser().absolute()
-    settings["master"] = None
-    if not request.is_auto("master"):
-        from phi3_mlflow.scoring.spark import check_master
-
-        if request.value("engine") != "spark":
-            problems.append("parameter: master is for engine spark only")
-        try:
-            settings["master"] = check_master(request.value("master"))
-        except UserError as error:
-            problems.append(str(error))
+        files[name] = Path(request.value(name)).expanduser().absolute()
+    sampling = {
+        "max_tokens": number("max_tokens", int, 1, 2**31 - 1),
+        "temperature": number("temperature", float, 0, 2),
+        "top_p": number("top_p", float, 0, 1),
+    }
+    job = ScoringJob(
+        input=files["input"],
+        output=files["output"],
+        model_uri=request.value("model_uri"),
+        options={name: value for name, value in sampling.items() if value is not None},
+        seed=number("seed", int, 0, 2**53),
+        engine=request.value("engine"),
+        master=_master(request, problems),
+        workers=number("workers", int, 1, 1024),
+        batch_size=number("batch_size", int, 1, 100_000) or _BATCH_SIZE,
+        batch=number("batch", int, 1, 64) or _BATCH,
+        force=request.flag("force"),
+    )
     if problems:
         raise UserError(problem_list("These parameters are wrong", problems))
-    return settings
+    return job
 
 
 def _number(
-    request: Request, name: str, kind: type, low: float, high: float, problems: list[str]
-) -> Any:
-    text = request.value(name)
+    request: Request, name: str, kind: type[N], bounds: tuple[float, float], problems: list[str]
+) -> N | None:
+    text, (low, high) = request.value(name), bounds
     if text == AUTO:
         return None
     try:
@@ -99,25 +114,18 @@ def _number(
     return value
 
 
-def make_order(request: Request, settings: dict[str, Any]) -> Order:
-    options = {
-        name: settings[name]
-        for name in ("max_tokens", "temperature", "top_p")
-        if settings[name] is not None
-    }
-    return Order(
-        input=settings["input"],
-        output=settings["output"],
-        model_uri=model_uri(request),
-        options=options,
-        seed=settings["seed"],
-        engine=request.value("engine"),
-        master=settings["master"],
-        workers=settings["workers"],
-        batch_size=settings["batch_size"] or _BATCH_SIZE,
-        batch=settings["batch"] or _BATCH,
-        force=request.flag("force"),
-    )
+def _master(request: Request, problems: list[str]) -> str | None:
+    if request.is_auto("master"):
+        return None
+    from phi3_mlflow.scoring.spark import check_master
+
+    if request.value("engine") != "spark":
+        problems.append("parameter: master is for engine spark only")
+    try:
+        return check_master(request.value("master"))
+    except UserError as error:
+        problems.append(str(error))
+        return None
 
 
 def model_uri(request: Request) -> str:
@@ -126,8 +134,6 @@ def model_uri(request: Request) -> str:
     Raises:
         UserError: there is none.
     """
-    from phi3_mlflow.tracking import registry
-
     name, text = request.profile.registered_model, request.value("model_uri")
     if text == AUTO:
         champion = registry.alias_of(name, registry.CHAMPION)
@@ -147,27 +153,28 @@ def model_uri(request: Request) -> str:
     return text
 
 
-def log_order(order: Order) -> None:
+def log_job(job: ScoringJob) -> None:
+    """Log what was asked for."""
     import mlflow
 
     values = {
-        "input": order.input, "output": order.output, "model_uri": order.model_uri,
-        "engine": order.engine, "master": order.master, "workers": order.workers,
-        "batch_size": order.batch_size, "batch": order.batch, "seed": order.seed, **order.options,
+        "input": job.input, "output": job.output, "model_uri": job.model_uri,
+        "engine": job.engine, "master": job.master, "workers": job.workers,
+        "batch_size": job.batch_size, "batch": job.batch, "seed": job.seed, **job.options,
     }  # fmt: skip
     given = {f"resolved.{k}": str(v) for k, v in values.items() if v is not None}
     mlflow.log_params(given)
 
 
-def log_outcome(order: Order, outcome: Outcome) -> None:
-    """Figures, and both files as datasets by their digests."""
+def log_summary(job: ScoringJob, done: ScoringSummary) -> None:
+    """Log the metrics, and both files as datasets by their digests."""
     import mlflow
 
-    mlflow.log_metrics(outcome.metrics())
-    mlflow.log_input(_dataset(order.input, outcome.input_sha256), context="scoring")
-    mlflow.log_input(_dataset(order.output, outcome.output_sha256), context="scored")
-    mlflow.log_artifact(str(order.record), "score")
-    mlflow.set_tags({"output_sha256": outcome.output_sha256, "output_path": str(order.output)})
+    mlflow.log_metrics(done.metrics())
+    mlflow.log_input(_dataset(job.input, done.input_sha256), context="scoring")
+    mlflow.log_input(_dataset(job.output, done.output_sha256), context="scored")
+    mlflow.log_artifact(str(job.record), "score")
+    mlflow.set_tags({"output_sha256": done.output_sha256, "output_path": str(job.output)})
 
 
 def _dataset(file: Path, digest: str) -> Dataset:
@@ -183,16 +190,20 @@ def _dataset(file: Path, digest: str) -> Dataset:
     return kind(source, name=file.name, digest=digest[:32])
 
 
-def summary(order: Order, outcome: Outcome, run: StepRun) -> str:
+def summary(job: ScoringJob, done: ScoringSummary, run: StepRun) -> str:
+    """The summary line."""
     return summary_line(
         step="score",
         status="done",
-        cached=outcome.was_there,
-        rows=outcome.rows,
-        failed=outcome.failed,
-        resumed=outcome.resumed,
-        tokens_per_second=round(outcome.metrics()["tokens_per_second"], 1),
+        cached=done.was_there,
+        rows=done.rows,
+        failed=done.failed,
+        resumed=done.resumed,
+        tokens_per_second=round(done.metrics()["tokens_per_second"], 1),
         **run.figures(),
-        output=order.output,
+        output=job.output,
         run_id=run.run_id,
     )
+
+
+COMMAND = Score()

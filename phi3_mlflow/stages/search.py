@@ -11,39 +11,156 @@ the next step takes. Nothing is measured twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.evaluation.rows import HeldoutText
+from phi3_mlflow.evaluation.items import HeldoutText
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.runner import Pipeline
-from phi3_mlflow.pipeline.step import (
-    CHECKPOINT,
-    Input,
-    Step,
-    Work,
-    folder_input,
-)
+from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.search import CandidateMetrics, Ranked, search
 from phi3_mlflow.quantization.settings import QuantizationSettings
 from phi3_mlflow.stages import export, quantize
+from phi3_mlflow.stages.records import CandidateRecord, SearchRecord
 
-LIBRARIES = export.STEP.libraries
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """A float checkpoint."""
+
+    checkpoint: Folder
 
 
-def inputs(request: Request, store: StepCache) -> dict[str, Input]:
+class Search(Step[SearchInputs, SearchRecord]):
+    """Checkpoint to the best of the profile's candidates."""
+
+    name = "search"
+    doing = "trying the quantizations that the profile lists"
+    parameters = step_parameters("checkpoint")
+    record_type = SearchRecord
+
+    def inputs(self, request: Request, cache: StepCache) -> SearchInputs:
+        return search_inputs(request, cache)
+
+    def settings(self, request: Request) -> Settings:
+        wanted = request.profile.search
+        return {
+            "candidates": {
+                name: quantize.quantization_values(chosen)
+                for name, chosen in wanted.candidates.items()
+            },
+            "budget": wanted.budget.model_dump(mode="json"),
+            **measured_on(request),
+        }
+
+    def work(self, work: Work[SearchInputs]) -> None:
+        request = work.request
+        checkpoint = work.inputs.checkpoint.value
+
+        def measure(name: str, _: QuantizationSettings) -> CandidateMetrics:
+            console.say(f"search: candidate {name}")
+            with Pipeline(tried(request, name), work.run.run_id) as pipeline:
+                done = pipeline.run(TriedCandidate(name), checkpoint=checkpoint)
+            return CandidateMetrics(**done.record.model_dump())
+
+        ranking = search(request.profile.search.candidates, measure, request.profile.search.budget)
+        rows = [_row(one) for one in ranking.candidates]
+        work.run.log_search(rows, _plot(rows))
+        console.say(_table(rows))
+        best = ranking.best
+        work.metrics.update(_metrics(best.measurement))
+        SearchRecord(best=best.name, candidates=tuple(rows)).write(work.out)
+        # So that the next step, run by itself, takes the best and not the last that was tried.
+        values = {**request.values, "force": "false"}
+        again = Request(as_profile(request.profile, best.name), values)
+        with Pipeline(again, work.run.run_id) as pipeline:
+            int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
+            pipeline.run(export.STEP, checkpoint=int4.entry.path)
+
+
+class TriedCandidate(Step[SearchInputs, CandidateRecord]):
+    """Making and measuring one candidate: a run of its own, and done once.
+
+    It is given a profile with the candidate's settings.
+
+    Args:
+        label: the candidate's name.
+    """
+
+    name = "candidate"
+    parameters = step_parameters("checkpoint")
+    record_type = CandidateRecord
+    in_main_process = True
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    @property
+    def doing(self) -> str:  # type: ignore[override]
+        """What it does, with the candidate's name."""
+        return f"making and measuring {self._label}"
+
+    def inputs(self, request: Request, cache: StepCache) -> SearchInputs:
+        return search_inputs(request, cache)
+
+    def settings(self, request: Request) -> Settings:
+        chosen = quantize.quantization_values(request.profile.quantization)
+        return {"quantization": chosen, **measured_on(request)}
+
+    def work(self, work: Work[SearchInputs]) -> None:
+        work.run.rename(self._label)
+        measured = build_and_measure(work)
+        work.metrics.update(_metrics(measured))
+        CandidateRecord(**asdict(measured)).write(work.out)
+
+
+def search_inputs(request: Request, cache: StepCache) -> SearchInputs:
+    """The float checkpoint.
+
+    Raises:
+        UserError: there is none, or the profile quantizes nothing.
+    """
     if not request.profile.quantizes:
         raise UserError(
             f"search has nothing to do for flavor {request.profile.flavor} with precision "
             f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
         )
-    return {"checkpoint": folder_input(request, store, "checkpoint", "fetch", CHECKPOINT)}
+    return SearchInputs(folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT))
+
+
+def tried(request: Request, name: str) -> Request:
+    """What is asked of the steps that make a candidate."""
+    force = "all" if request.flag("force") else "false"
+    return Request(as_profile(request.profile, name), {**request.values, "force": force})
+
+
+def build_and_measure(work: Work[SearchInputs]) -> CandidateMetrics:
+    """Quantize and export by the profile's settings, and compare with full precision."""
+    from phi3_mlflow.evaluation.measure import diverge
+    from phi3_mlflow.evaluation.speed import decode_speed
+
+    profile = work.request.profile
+    checkpoint = work.inputs.checkpoint.value
+    force = "all" if work.request.flag("force") else "false"
+    request = replace(work.request, values={**work.request.values, "force": force})
+    with Pipeline(request, work.run.run_id) as pipeline:
+        int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
+        onnx = pipeline.run(export.STEP, checkpoint=int4.entry.path).entry.path
+    found = diverge(checkpoint, onnx, texts(profile), profile.evaluation.window).metrics()
+    return CandidateMetrics(
+        kl_mean=found["kl_mean"],
+        top1_agreement=found["top1_agreement"],
+        perplexity=found["perplexity"],
+        data_bytes=sum(file.stat().st_size for file in onnx.glob("*.onnx.data")),
+        tokens_per_second=decode_speed(onnx, threads=profile.runtime.threads),
+    )
 
 
 def texts(profile: Profile) -> list[HeldoutText]:
@@ -73,55 +190,14 @@ def as_profile(profile: Profile, name: str) -> Profile:
 
 
 def measured_on(request: Request) -> dict[str, Any]:
+    """What decides the metrics of a candidate beside its settings."""
     return {
         "texts_sha256": datasets.digest(texts(request.profile)),
         "window": request.profile.evaluation.window,
     }
 
 
-def settings(request: Request) -> dict[str, Any]:
-    wanted = request.profile.search
-    return {
-        "candidates": {
-            name: quantize.settings(replace(request, profile=as_profile(request.profile, name)))
-            for name in wanted.candidates
-        },
-        "budget": wanted.budget.model_dump(mode="json"),
-        **measured_on(request),
-    }
-
-
-def work(work: Work) -> None:
-    request = work.request
-    checkpoint = str(work.inputs["checkpoint"].path)
-
-    def measure(name: str, _: QuantizationSettings) -> CandidateMetrics:
-        console.say(f"search: candidate {name}")
-        with Pipeline(tried(request, name), work.run.run_id) as pipeline:
-            done = pipeline.run(candidate(name), checkpoint=checkpoint)
-        return CandidateMetrics(**done.record)
-
-    ranking = search(request.profile.search.candidates, measure, request.profile.search.budget)
-    rows = [_row(one) for one in ranking.candidates]
-    work.run.log_search(rows, _plot(rows))
-    console.say(_table(rows))
-    best = ranking.best
-    work.metrics.update(_figures(best.measurement))
-    work.record({"best": best.name, "candidates": rows})
-    # So that the next step, run by itself, takes the best and not the last that was tried.
-    values = {**request.values, "force": "false"}
-    again = Request(as_profile(request.profile, best.name), values)
-    with Pipeline(again, work.run.run_id) as pipeline:
-        int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
-        pipeline.run(export.STEP, checkpoint=str(int4.entry.path))
-
-
-def chosen(request: Request, record: Mapping[str, Any]) -> Profile:
-    """The profile to go on with, given what the search recorded."""
-    return as_profile(request.profile, record["best"])
-
-
-def _figures(found: CandidateMetrics | None) -> dict[str, float]:
+def _metrics(found: CandidateMetrics | None) -> dict[str, float]:
     return {} if found is None else {name: float(v) for name, v in asdict(found).items()}
 
 
@@ -133,7 +209,7 @@ def _row(one: Ranked) -> dict[str, Any]:
         "on_front": one.on_front,
         "reasons": "; ".join(one.reasons),
         **dict.fromkeys(CandidateMetrics.__dataclass_fields__),
-        **_figures(one.measurement),
+        **_metrics(one.measurement),
     }
 
 
@@ -159,68 +235,4 @@ def _plot(rows: list[dict[str, Any]]) -> Any:
     return pareto([row for row in rows if row["kl_mean"] is not None])
 
 
-def tried(request: Request, name: str) -> Request:
-    """What is asked of the steps that make a candidate."""
-    force = "all" if request.flag("force") else "false"
-    return Request(as_profile(request.profile, name), {**request.values, "force": force})
-
-
-def candidate(name: str) -> Step:
-    """Making and measuring one candidate, as a step: a run of its own, and done once.
-
-    It is given a profile with the candidate's settings.
-    """
-
-    def settings(request: Request) -> dict[str, Any]:
-        return {"quantization": quantize.settings(request), **measured_on(request)}
-
-    def work(work: Work) -> None:
-        work.run.rename(name)
-        measured = build_and_measure(work)
-        work.metrics.update(_figures(measured))
-        work.record(asdict(measured))
-
-    return Step(
-        name="candidate",
-        summary=f"making and measuring {name}",
-        parameters=("checkpoint",),
-        inputs=inputs,
-        settings=settings,
-        work=work,
-        module=__name__,
-        libraries=LIBRARIES,
-        light=True,
-    )
-
-
-def build_and_measure(work: Work) -> CandidateMetrics:
-    """Quantize and export by the profile's settings, and compare with full precision."""
-    from phi3_mlflow.evaluation.measure import diverge
-    from phi3_mlflow.evaluation.speed import decode_speed
-
-    profile = work.request.profile
-    checkpoint = work.inputs["checkpoint"].path
-    force = "all" if work.request.flag("force") else "false"
-    request = replace(work.request, values={**work.request.values, "force": force})
-    with Pipeline(request, work.run.run_id) as pipeline:
-        int4 = pipeline.run(quantize.STEP, checkpoint=str(checkpoint))
-        onnx = pipeline.run(export.STEP, checkpoint=str(int4.entry.path)).entry.path
-    found = diverge(checkpoint, onnx, texts(profile), profile.evaluation.window).metrics()
-    return CandidateMetrics(
-        kl_mean=found["kl_mean"],
-        top1_agreement=found["top1_agreement"],
-        perplexity=found["perplexity"],
-        data_bytes=sum(file.stat().st_size for file in onnx.glob("*.onnx.data")),
-        tokens_per_second=decode_speed(onnx, threads=profile.runtime.threads),
-    )
-
-
-STEP = Step(
-    name="search",
-    summary="trying the quantizations that the profile lists",
-    parameters=("checkpoint",),
-    inputs=inputs,
-    settings=settings,
-    work=work,
-    libraries=LIBRARIES,
-)
+STEP = Search()

@@ -17,21 +17,26 @@ import os
 
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
+from phi3_mlflow.core.console import summary_line
+from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.server.settings import ServerSettings
-from phi3_mlflow.tracking.runs import summary_line
-
-PARAMETERS = (
-    "profile", "model_uri", "host", "port", "running", "batch", "waiting",
-    "request_limit_s", "body_limit_kb", "trace", "quiet",
-)  # fmt: skip
 
 
-def main(request: Request) -> None:
-    console.set_quiet(request.flag("quiet"))
-    settings = ServerSettings.read({name: request.value(name) for name in PARAMETERS})
-    uri = model_uri(request)
-    serve(uri, settings)
-    print(summary_line(step="serve", status="done", model=uri), flush=True)
+class Serve(Command):
+    """Answering over HTTP."""
+
+    name = "serve"
+    parameters = (
+        "profile", "model_uri", "host", "port", "running", "batch", "waiting",
+        "request_limit_s", "body_limit_kb", "trace", "quiet",
+    )  # fmt: skip
+
+    def run(self, request: Request) -> None:
+        given = {name: request.value(name) for name in self.parameters}
+        settings = ServerSettings.read(given)
+        uri = model_uri(request)
+        serve(uri, settings)
+        print(summary_line(step="serve", status="done", model=uri), flush=True)
 
 
 def model_uri(request: Request) -> str:
@@ -67,3 +72,6 @@ def serve(uri: str, settings: ServerSettings) -> None:
         )
 
     run(app, settings, ready)
+
+
+COMMAND = Serve()

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
-from phi3_mlflow.artifacts.cache import Entry, StepCache, key_of
-from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError
+from phi3_mlflow.artifacts.cache import Entry
+from phi3_mlflow.artifacts.inputs import Input
+from phi3_mlflow.core.console import summary_line
+from phi3_mlflow.core.errors import ProjectError
+from phi3_mlflow.core.git import origin
 from phi3_mlflow.core.meter import ResourceMeter
+from phi3_mlflow.tracking.connection import connect
 
 if TYPE_CHECKING:
     import mlflow
@@ -23,10 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from pydantic import BaseModel
 
-    from phi3_mlflow.pipeline.step import Input
 
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-EXPERIMENT_NAME = "phi3-mlflow"
 _LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
@@ -41,7 +40,7 @@ class StepRun:
         self.tracking_uri = tracking_uri
         self._meter = ResourceMeter()
 
-    def log_settings(self, settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> None:
+    def log_settings(self, settings: Mapping[str, Any], inputs: Mapping[str, Input[Any]]) -> None:
         """Log what decides the output: typed settings and inputs.
 
         They are named `resolved.NAME`, because `mlflow run` has already logged the parameters as
@@ -51,7 +50,7 @@ class StepRun:
 
         values = {f"resolved.{name}": value for name, value in flatten(settings).items()}
         for name, given in inputs.items():
-            values[f"resolved.{name}"] = given.location
+            values[f"resolved.{name}"] = given.shown
             values[f"resolved.{name}.sha256"] = given.digest
         named = [(name, str(value)[:_PARAM_LIMIT]) for name, value in values.items()]
         for start in range(0, len(named), _PARAMS_AT_ONCE):
@@ -133,7 +132,7 @@ class StepRun:
 
 
 @contextmanager
-def step_run(step: str, request: Request, parent_run_id: str | None) -> Iterator[StepRun]:
+def step_run(step: str, profile: str, parent_run_id: str | None = None) -> Iterator[StepRun]:
     """Open the run of a step: the one `mlflow run` made, a child of `main`'s, or a new one.
 
     A step that fails leaves its run FAILED with the message as the tag `error`; one that is
@@ -146,8 +145,8 @@ def step_run(step: str, request: Request, parent_run_id: str | None) -> Iterator
         mlflow.set_tags(
             {
                 "step": step,
-                "profile": request.profile.name,
-                "git_commit": git_commit(),
+                "profile": profile,
+                "git_commit": origin().commit,
                 **_owner(),
             }
         )
@@ -281,53 +280,6 @@ def _alive(tags: Mapping[str, str]) -> bool:
         return True  # not known to be dead
 
 
-def tracking_uri() -> str:
-    """Where MLflow keeps its records, without asking it (a relative file counts from here)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
-
-
-def tracking_identity() -> str:
-    """What tells one tracking store from another: its URI, a relative file made absolute, without
-    user name and password."""
-    uri = tracking_uri()
-    prefix = "sqlite:///"
-    if uri.startswith(prefix):
-        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def connect() -> str:
-    """Point MLflow at the tracking store and the experiment; returns the tracking URI.
-
-    `MLFLOW_TRACKING_URI` is honoured; without it the store is a SQLite file in the working folder.
-
-    Raises:
-        EnvironmentProblem: the store is one that MLflow no longer takes, or does not answer.
-    """
-    import logging
-
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    # The schema of a new database is made in some fifty steps, each a line; none says anything.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    uri = os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
-    try:
-        mlflow.set_tracking_uri(uri)
-        if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
-            # MLflow lets two processes make the tables of one new database at the same time, and
-            # one of them fails.
-            with StepCache().locked("tracking", key_of({"tracking": tracking_identity()})):
-                mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
-    except MlflowException as error:
-        raise EnvironmentProblem(
-            f"MLflow's tracking store {uri} cannot be used: {error}\n"
-            f"Set MLFLOW_TRACKING_URI to a database or a server, for example {DEFAULT_TRACKING_URI}"
-        ) from error
-    return uri
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level with dotted names."""
     flat: dict[str, Any] = {}
@@ -337,35 +289,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def git_commit() -> str:
-    """The commit of the project's code, marked when the tree differs from it."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
-    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def summary_line(**fields: Any) -> str:
-    """One line in logfmt for log collectors."""
-
-    def quote(value: Any) -> str:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        plain = text and not any(c.isspace() or c in '"=' for c in text)
-        return text if plain else json.dumps(text, ensure_ascii=False)
-
-    return " ".join(f"{name}={quote(value)}" for name, value in fields.items())

@@ -1,0 +1,32 @@
+"""What a step takes: the thing itself, and the identity of its content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from phi3_mlflow.artifacts.cache import Entry
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Input(Generic[T_co]):
+    """One input of a step.
+
+    Attributes:
+        value: what the work takes: a folder, versions of a model.
+        digest: the identity of its content, which goes into the key of the output.
+        shown: how it is named in the run's parameters: a path, a URI.
+        entry: the output in the cache that it is, when it is one.
+    """
+
+    value: T_co
+    digest: str
+    shown: str
+    entry: Entry | None = None
+
+
+Folder = Input[Path]
+"""A folder with files."""

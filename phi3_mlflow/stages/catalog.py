@@ -1,0 +1,41 @@
+"""Every entry point, by name, in the order of MLproject."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from phi3_mlflow.pipeline.command import Command
+from phi3_mlflow.stages import (
+    cache,
+    evaluate,
+    export,
+    fetch,
+    log,
+    main,
+    promote,
+    quantize,
+    register,
+    reproduce,
+    score,
+    search,
+    serve,
+)
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command
+    for command in (
+        main.COMMAND,
+        cache.COMMAND,
+        score.COMMAND,
+        fetch.STEP,
+        search.STEP,
+        quantize.STEP,
+        export.STEP,
+        log.STEP,
+        register.STEP,
+        evaluate.STEP,
+        promote.STEP,
+        reproduce.STEP,
+        serve.COMMAND,
+    )
+}

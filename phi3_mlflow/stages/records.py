@@ -1,0 +1,151 @@
+"""What the steps whose output lives in MLflow leave for the steps after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from phi3_mlflow.artifacts.records import Record
+from phi3_mlflow.tracking.registry import VersionName
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class LoggedModel(_Frozen):
+    """A model in MLflow.
+
+    Attributes:
+        flavor: onnx or transformers.
+        model_id: MLflow's, `m-...`.
+        model_uri: how it is loaded.
+        tags: that the version will carry.
+    """
+
+    flavor: str
+    model_id: str
+    model_uri: str
+    tags: dict[str, str]
+
+
+class LoggedModels(Record):
+    """What `log` left: one model per flavor."""
+
+    models: tuple[LoggedModel, ...]
+
+
+class RegisteredVersion(_Frozen):
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    flavor: str
+
+    @property
+    def version_name(self) -> VersionName:
+        """The version as the registry knows it."""
+        return VersionName(self.name, self.version)
+
+
+class RegisteredVersions(Record):
+    """What `register` left: one version per flavor."""
+
+    versions: tuple[RegisteredVersion, ...]
+
+    @property
+    def challenger(self) -> VersionName:
+        """The version that may become champion: the ONNX one where there are two."""
+        onnx = (version for version in self.versions if version.flavor == "onnx")
+        return next(onnx, self.versions[0]).version_name
+
+    @property
+    def challenger_first(self) -> tuple[VersionName, ...]:
+        """All versions, the one that may become champion first."""
+        names = [version.version_name for version in self.versions]
+        return tuple(sorted(names, key=lambda name: name != self.challenger))
+
+
+class Sample(_Frozen):
+    """A question and what the model answered, to be shown."""
+
+    question: str
+    answer: str
+
+
+class EvaluatedVersion(_Frozen):
+    """What was measured of a version, and the verdict as JSON values."""
+
+    metrics: dict[str, float]
+    verdict: dict[str, Any]
+    sample: Sample
+
+
+class EvaluationRecord(Record):
+    """What `evaluate` left.
+
+    Attributes:
+        run_id: of the MLflow run that holds the figures.
+        versions: by URI, the challenger first.
+        hardware: what was measured on.
+        texts_sha256: of the held-out texts.
+    """
+
+    run_id: str
+    versions: dict[str, EvaluatedVersion]
+    hardware: str
+    texts_sha256: str
+
+    @property
+    def challenger(self) -> EvaluatedVersion:
+        """The version that may become champion."""
+        return next(iter(self.versions.values()))
+
+
+class PromotionRecord(Record):
+    """What `promote` left: URIs and version numbers, and why."""
+
+    champion: str
+    before: str | None
+    moved: bool
+    reason: str
+
+
+class CandidateRecord(Record):
+    """What was measured of one quantization that `search` has tried; see `CandidateMetrics`."""
+
+    kl_mean: float
+    top1_agreement: float
+    perplexity: float
+    data_bytes: int
+    tokens_per_second: float
+
+
+class SearchRecord(Record):
+    """What `search` left: the name of the best candidate, and all of them as table rows."""
+
+    best: str
+    candidates: tuple[dict[str, Any], ...]
+
+
+class ReproductionRecord(Record):
+    """What `reproduce` found when it made a version again.
+
+    Attributes:
+        version: its URI.
+        same: whether the bytes are the same.
+        artifact_sha256: `registered` and `made_again`.
+        differences: one line per file that differs.
+        code: `commit` that ran, and a `note` when that is not the version's own.
+        libraries_changed: one line per library with another version than then.
+        recipe: of the version.
+    """
+
+    version: str
+    same: bool
+    artifact_sha256: dict[str, str]
+    differences: tuple[str, ...]
+    code: dict[str, str]
+    libraries_changed: tuple[str, ...]
+    recipe: dict[str, Any]
