@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import phi3_mlflow
+from tests.fixtures.tiny_line import write_profile
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,13 @@ def test_the_installed_command_finds_profiles_and_data_without_the_checkout(inst
     wrong = run_installed(installed, "main", "--profile", "no-such", "--dry-run", "true")
     assert wrong.returncode == 2
     assert "smollm2-135m" in wrong.stderr, "it says which profiles there are"
+
+
+@pytest.mark.slow
+def test_the_installed_command_takes_a_model_to_the_registry(installed):
+    profile = write_profile(installed)
+    done = run_installed(installed, "main", "--profile", str(profile), "--quiet", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step=main status=done profile=tiny steps_done=7" in done.stdout
+    again = run_installed(installed, "main", "--profile", str(profile), "--quiet", "true")
+    assert again.stdout.count(" cached=true ") == 6, again.stdout + again.stderr
