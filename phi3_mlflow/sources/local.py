@@ -15,9 +15,9 @@ from phi3_mlflow.sources.digests import (
     copy_with_digest,
     digest_file,
     digest_of_files,
+    mismatch,
 )
 from phi3_mlflow.sources.spec import FileSource
-from phi3_mlflow.sources.transfer import mismatch
 
 
 def fetch_local(spec: FileSource, job: Job) -> FetchedSource:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3_mlflow.sources.common import Progress, move_into
-from phi3_mlflow.sources.digests import DigestingFile, Expected, FileDigest
-from phi3_mlflow.sources.transfer import mismatch
+from phi3_mlflow.core.progress import Meter
+from phi3_mlflow.sources.common import move_into
+from phi3_mlflow.sources.digests import DigestingFile, Expected, FileDigest, mismatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PartialFile:
                 return path.stat().st_size
         return 0
 
-    def whole(self, bar: Progress) -> WholeFile | None:
+    def whole(self, bar: Meter) -> WholeFile | None:
         """The file, when an earlier attempt brought it whole and it still is what it must be."""
         path = self.whole_path
         if path.is_symlink() or not path.is_file():

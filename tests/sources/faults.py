@@ -25,7 +25,10 @@ from typing import Any
 from unittest import mock
 
 from phi3_mlflow.core.errors import ProjectError
-from phi3_mlflow.sources import FetchedSource, RetryPolicy, fetch_source, parse_source
+from phi3_mlflow.sources.common import FetchedSource
+from phi3_mlflow.sources.fetch import fetch_source
+from phi3_mlflow.sources.retrying import RetryPolicy
+from phi3_mlflow.sources.spec import parse_source
 from tests.sources.hub_server import COMMIT, REPO, HubServer, Reply, Request
 from tests.sources.raw_checkpoint import (
     safetensors_bytes,

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from phi3_mlflow.core.errors import CheckpointRefused, ProjectError, UserError
-from phi3_mlflow.sources import parse_source, resolve_revision, write_lock
 from phi3_mlflow.sources.common import empty
+from phi3_mlflow.sources.fetch import resolve_revision, write_lock
+from phi3_mlflow.sources.spec import parse_source
 from tests.sources.faults import SHARD, TOKEN, Scene, cut, expected_files, status
 from tests.sources.hub_server import COMMIT, REPO, HubServer
 from tests.sources.raw_checkpoint import tiny_checkpoint
@@ -166,7 +167,8 @@ def test_a_second_fetch_goes_on_where_the_first_ended(scene: Scene) -> None:
 FETCH = """
 import contextlib, sys
 from pathlib import Path
-from phi3_mlflow.sources import fetch_source, parse_source
+from phi3_mlflow.sources.fetch import fetch_source
+from phi3_mlflow.sources.spec import parse_source
 root = Path(sys.argv[1])
 (root / sys.argv[3]).mkdir()
 @contextlib.contextmanager

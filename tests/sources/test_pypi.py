@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, ProjectError, UserError
-from phi3_mlflow.sources import FetchedSource, fetch_source, parse_source, resolve_revision
+from phi3_mlflow.sources.common import FetchedSource
+from phi3_mlflow.sources.fetch import fetch_source, resolve_revision
+from phi3_mlflow.sources.spec import parse_source
 from tests.sources.conftest import write_gguf, write_wheel
 from tests.sources.faults import CountingBar
 

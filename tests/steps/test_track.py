@@ -10,7 +10,7 @@ import pytest
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.core.errors import EXIT_FAULT, EnvironmentProblem
-from phi3_mlflow.sources import transfer
+from phi3_mlflow.sources import retrying
 from phi3_mlflow.stages import fetch
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
@@ -41,7 +41,7 @@ def profile(tmp_path: Path) -> Path:
 
 
 def request_of(profile: Path):
-    return read_request(fetch.STEP.all_parameters, {"profile": str(profile), "quiet": "true"})
+    return read_request(fetch.STEP.parameters, {"profile": str(profile), "quiet": "true"})
 
 
 @pytest.mark.slow
@@ -93,8 +93,8 @@ def test_a_hub_that_does_not_answer_changes_nothing(
     request = request_of(profile)
     assert fetch.followed(request) == {fetch.REVISION: COMMIT}
     hub.close()
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(transfer.RetryPolicy, "__init__", impatient(transfer.RetryPolicy.__init__))
+    monkeypatch.setattr(retrying.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retrying.RetryPolicy, "__init__", impatient(retrying.RetryPolicy.__init__))
     with pytest.raises(EnvironmentProblem) as caught:
         fetch.followed(request)
     assert caught.value.exit_code == EXIT_FAULT
@@ -128,5 +128,5 @@ def test_a_pinned_source_asks_nobody(hub: HubServer, tmp_path: Path) -> None:
 
 def test_a_parameter_pins_what_the_profile_follows(hub: HubServer, profile: Path) -> None:
     values = {"profile": str(profile), "source": f"hf:{REPO}@{COMMIT}"}
-    request = read_request(fetch.STEP.all_parameters, values)
+    request = read_request(fetch.STEP.parameters, values)
     assert request.profile.origin == f"hf:{REPO}@{COMMIT}"
