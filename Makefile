@@ -45,6 +45,8 @@ soak: setup-dev  ## half an hour of kills at random moments, and what they leave
 lint: setup-dev
 	@ruff check .
 	@ruff format --check .
+	@codespell
+	@lint-imports --no-logo
 	@mypy
 
 setup:  ## .venv with what the pipeline needs, and nothing else done
