@@ -31,9 +31,14 @@ run: setup  ## the whole pipeline on PROFILE (default smollm2-135m), through `ml
 	@mlflow run . -e main --env-manager local --experiment-name "$(EXPERIMENT)" \
 		-P profile="$(PROFILE)" $(ARGS)
 
-test: lint  ## everything: checks, generated files, all tests
+test: lint  ## everything: checks, generated files, all tests, what the fast ones cover
 	@python tools/generate.py --check
+ifeq ($(PYTEST),)
+	@python -m pytest -m "not slow" -q --cov --cov-report=term
+	@python -m pytest -m slow
+else
 	@python -m pytest $(PYTEST)
+endif
 
 check: lint  ## what takes about a minute: checks and the fast tests
 	@python tools/generate.py --check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,3 +314,26 @@ def test_ci_runs_what_the_readme_says(root):
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text(encoding="utf-8")
     assert "make test" in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_github_runs_the_same_with_the_same_python(root):
+    content = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    assert content["permissions"] == {"contents": "read"}
+    (job,) = content["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    (python,) = (s["with"] for s in job["steps"] if s.get("uses", "").startswith("actions/setup-p"))
+    assert python["python-version"] == "3.11"
+    for step in job["steps"]:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "actions/x@v1"))
+
+
+def test_hooks_before_a_commit_are_what_make_lint_runs(root):
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0][
+        "hooks"
+    ]
+    shown = subprocess.run(
+        ["make", "--dry-run", "check"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    for hook in hooks:
+        command = hook["entry"].replace(" --force-exclude", "")
+        assert command in shown, hook["id"]
