@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,14 +98,14 @@ def signature(contract: Contract) -> ModelSignature:
     )
 
 
-def full_config(values: dict[str, Any]) -> dict[str, Any]:
-    """`model_config` with every value that can be overridden at load time.
+def checked_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Check values of `model_config`, and complete them: all can be overridden at load time.
 
     Raises:
         UserError: a value is unknown or of the wrong kind.
     """
     try:
-        return asdict(ModelConfig.read(values))
+        return ModelConfig.read(values)
     except ValueError as error:
         raise UserError(str(error)) from error
 

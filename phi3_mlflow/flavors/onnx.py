@@ -8,6 +8,7 @@ is an ordinary MLflow model: an `MLmodel` file with the `python_function` flavor
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,12 @@ from phi3_mlflow.flavors import bundle
 from phi3_mlflow.flavors.bundle import Contract
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlflow.models import Model
     from mlflow.models.model import ModelInfo
+
+    from phi3_mlflow.runtime.model_config import ModelConfig
 
 ARTIFACT = "artifacts/onnx"
 
@@ -27,11 +32,11 @@ def log_onnx(
     *,
     name: str,
     contract: Contract = "chat",
-    model_config: dict[str, Any] | None = None,
-    metadata: dict[str, Any] | None = None,
-    tags: dict[str, Any] | None = None,
-    params: dict[str, Any] | None = None,
-    input_example: dict[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    tags: dict[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    input_example: Mapping[str, Any] | None = None,
     pip_requirements: list[str] | None = None,
     model_card: str | None = None,
     license_text: str | None = None,
@@ -83,7 +88,7 @@ def log_onnx(
         contract=contract,
         # Under another name than `model_config`: MLflow would write that into the run's parameters,
         # where two models logged by one run contradict each other.
-        config=bundle.full_config(config),
+        config=bundle.checked_config(config),
         input_example=input_example or example,
         pip_requirements=pip_requirements or bundle.requirements("onnx"),
         model_card=model_card,
@@ -100,7 +105,7 @@ class _OnnxFlavor:
         mlflow_model: Model,
         onnx_dir: Path,
         contract: Contract,
-        config: dict[str, Any],
+        config: ModelConfig,
         model_card: str | None,
         license_text: str | None,
         validate_serving_input: bool,
@@ -115,7 +120,7 @@ class _OnnxFlavor:
             path=path,
             mlflow_model=mlflow_model,
             python_model=bundle.code_file(contract),
-            model_config=config,
+            model_config=asdict(config),
             signature=bundle.signature(contract),
             **arguments,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,12 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import bundle
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlflow.models import Model
     from mlflow.models.model import ModelInfo
+
+    from phi3_mlflow.runtime.model_config import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 TASK = "llm/v1/chat"
@@ -31,11 +36,11 @@ def log_transformers(
     *,
     name: str,
     dtype: str,
-    model_config: dict[str, Any] | None = None,
-    metadata: dict[str, Any] | None = None,
-    tags: dict[str, Any] | None = None,
-    params: dict[str, Any] | None = None,
-    input_example: dict[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    tags: dict[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    input_example: Mapping[str, Any] | None = None,
     pip_requirements: list[str] | None = None,
     model_card: str | None = None,
     license_text: str | None = None,
@@ -68,7 +73,7 @@ def log_transformers(
     dtype = _dtype(checkpoint) if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, auto")
-    config = bundle.full_config({"model_name": name, "dtype": dtype, **(model_config or {})})
+    config = bundle.checked_config({"model_name": name, "dtype": dtype, **(model_config or {})})
     info = mlflow.transformers.log_model(
         transformers_model=str(checkpoint.resolve()),
         name=bundle.logged_name(name),
@@ -90,7 +95,7 @@ def _dtype(checkpoint: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def _put_runtime(info: ModelInfo, config: dict[str, Any], license_text: str) -> ModelInfo:
+def _put_runtime(info: ModelInfo, config: ModelConfig, license_text: str) -> ModelInfo:
     """Replace the pyfunc wrapper of a model that was just logged, and the paths it gives away."""
     import mlflow
     from mlflow.entities import LoggedModelStatus
@@ -115,15 +120,15 @@ def _put_runtime(info: ModelInfo, config: dict[str, Any], license_text: str) -> 
     return model.get_model_info(client.get_logged_model(info.model_id))
 
 
-def _describe(model: Model, config: dict[str, Any]) -> None:
+def _describe(model: Model, config: ModelConfig) -> None:
     pipeline = model.flavors["transformers"]
-    pipeline["source_model_name"] = config["model_name"]  # was the path of the checkpoint here
+    pipeline["source_model_name"] = config.model_name  # was the path of the checkpoint here
     pyfunc = model.flavors["python_function"]
     pyfunc.update(
         loader_module="mlflow.pyfunc.loaders.code_model",
         model_code_path=bundle.code_file("chat").name,
         streamable=True,
-        config=config,
+        config=asdict(config),
         artifacts={
             "checkpoint": {"path": "model", "uri": "model"},
             "tokenizer": {"path": "components/tokenizer", "uri": "components/tokenizer"},

@@ -11,9 +11,10 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from .genai_config import Decoder
 
 # Memory grows in steps of this many tokens a slot, and by half at least.
 _STEP = 256
@@ -36,7 +37,7 @@ class BatchGraph:
 
     Args:
         folder: holds genai_config.json and the graph it names.
-        decoder: `model.decoder` of that file.
+        decoder: what that file says of the graph.
         threads: processor threads.
         slots: sequences that it holds at most.
         context: tokens that one sequence may have.
@@ -46,27 +47,21 @@ class BatchGraph:
     """
 
     def __init__(
-        self, folder: Path, decoder: dict[str, Any], threads: int, slots: int, context: int
+        self, folder: Path, decoder: Decoder, threads: int, slots: int, context: int
     ) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(
-            str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
+            str(folder / decoder.filename), options, providers=["CPUExecutionProvider"]
         )
         self.slots = slots + slots % 2
         self._most = context + 2  # a spare token behind the last one, and it rounds to even
-        self._heads = int(decoder["num_key_value_heads"])
-        self._size = int(decoder["head_size"])
-        inputs, outputs = decoder["inputs"], decoder["outputs"]
-        self._ids, self._mask = inputs["input_ids"], inputs["attention_mask"]
-        self._logits = outputs["logits"]
-        self._names = [
-            (inputs[f"past_{kind}_names"] % layer, outputs[f"present_{kind}_names"] % layer)
-            for layer in range(decoder["num_hidden_layers"])
-            for kind in ("key", "value")
-        ]
+        self._heads = decoder.heads
+        self._size = decoder.head_size
+        self._ids, self._mask = decoder.input_ids, decoder.attention_mask
+        self._logits, self._names = decoder.logits, decoder.cache
         self._check()
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
         self.capacity = 0

@@ -36,7 +36,9 @@ class BatchEngine(GenaiFolder):
         if settings.provider != "cpu":
             raise NotBatchable(f"runs on {settings.provider}")
         self.together = settings.batch
-        graph = BatchGraph(folder, self.about, threads(settings), settings.batch, self.context)
+        graph = BatchGraph(
+            folder, self.decoder_graph, threads(settings), settings.batch, self.context
+        )
         self._scheduler = BatchScheduler(graph, self.lock)
         self._alone: GenaiEngine | None = None
         self._guard = threading.Lock()

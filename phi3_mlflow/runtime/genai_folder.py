@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from .engine import EngineSettings
 from .fair_lock import FairLock
+from .genai_config import GenaiConfig
 from .request import RequestError
 from .vocabulary import Vocabulary
 
@@ -33,35 +33,27 @@ class GenaiFolder:
         self._og = og
         self._folder = folder
         self._settings = settings
-        about = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        made_for = int(about["context_length"])
-        if settings.max_context > made_for:
+        config = GenaiConfig.read(folder)
+        if settings.max_context > config.context:
             raise ValueError(
-                f"model_config max_context: {settings.max_context} is beyond the {made_for} tokens "
-                "that the model was made for"
+                f"model_config max_context: {settings.max_context} is beyond the {config.context} "
+                "tokens that the model was made for"
             )
         self.lock = FairLock()
-        self.context = settings.max_context or made_for
+        self.context = settings.max_context or config.context
         self.rope_switch = settings.rope_switch
-        self.about: dict[str, Any] = about["decoder"]
-        window = self.about.get("sliding_window")
-        self.window = window["window_size"] if window else 0
-        if window and not window.get("layers"):
+        self.ends = config.ends
+        self.decoder_graph = decoder = config.decoder
+        self.window = decoder.window
+        if decoder.window and not decoder.layers_have_window:
             # The builder names the window but put it into no layer of the graph, and the cache is
             # allocated for the window all the same. Within the window the model is right.
             self.context = min(self.context, self.window)
-        self.token_bytes = (
-            2  # keys and values
-            * self.about["num_hidden_layers"]
-            * self.about["num_key_value_heads"]
-            * self.about["head_size"]
-            * (4 if settings.provider == "cpu" else 2)
-        )
+        number_bytes = 4 if settings.provider == "cpu" else 2
+        self.token_bytes = 2 * decoder.layers * decoder.heads * decoder.head_size * number_bytes
         self._tokenizer = og.Tokenizer(str(folder))
         self._vocabulary = Vocabulary(folder)
-        ends = about["eos_token_id"]
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self._bos = about.get("bos_token_id")
+        self._begin = config.begin
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         try:
@@ -72,7 +64,7 @@ class GenaiFolder:
             raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
         tokens = self.encode(text)
         # A template that writes the beginning-of-sequence token, and a tokenizer that adds it.
-        if len(tokens) > 1 and tokens[0] == tokens[1] == self._bos:
+        if len(tokens) > 1 and tokens[0] == tokens[1] == self._begin:
             tokens = tokens[1:]
         return tokens
 

@@ -140,6 +140,53 @@ class _FirstReply:
             parts.close()
 
 
+@dataclass(frozen=True)
+class _PlainRequest:
+    """A request to a model that knows MLflow's chat schema alone.
+
+    Attributes:
+        stop: is not handed to the model: MLflow's own needs files of the logging machine.
+        top_p: None where it makes no difference.
+    """
+
+    messages: list[dict[str, str]]
+    stop: tuple[str, ...]
+    max_tokens: int | None
+    temperature: float
+    top_p: float | None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what `predict` takes."""
+        given = {
+            "messages": self.messages,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A piece of an answer, as far as such a model tells it."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    tokens: int
+
+    @classmethod
+    def read(cls, choice: Mapping[str, Any], said: str, answer: Mapping[str, Any]) -> _Heard:
+        text = (choice.get(said) or {}).get("content") or ""
+        usage = answer.get("usage") or {}
+        return cls(
+            text,
+            choice.get("finish_reason"),
+            usage.get("prompt_tokens") or 0,
+            usage.get("completion_tokens") or 0,
+        )
+
+
 class MlflowChat:
     """A pyfunc model that knows MLflow's chat schema and nothing more, one request at a time."""
 
@@ -149,7 +196,7 @@ class MlflowChat:
         self._model = model
         self._turn = threading.Lock()
 
-    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> dict[str, Any]:
+    def parse(self, row: Mapping[str, Any], contract: str = "chat") -> _PlainRequest:
         if contract != "chat":
             raise ApiError(400, "prompt: this model answers chats only", "unsupported", "prompt")
         given = {key: value for key, value in row.items() if value is not None}
@@ -171,16 +218,16 @@ class MlflowChat:
         ]
         if problems:
             raise contract_rules.RequestError(problems)
-        asked: dict[str, Any] = {"messages": wanted.messages, "stop": wanted.stop}
-        if wanted.max_tokens is not None:
-            asked["max_tokens"] = wanted.max_tokens
-        # MLflow's wrapper refuses 0 and samples without a word on it.
-        asked["temperature"] = sampling.temperature or _AS_GOOD_AS_GREEDY
-        if sampling.temperature:
-            asked["top_p"] = sampling.top_p
-        return asked
+        return _PlainRequest(
+            wanted.messages or [],
+            wanted.stop,
+            wanted.max_tokens,
+            # MLflow's wrapper refuses 0 and samples without a word on it.
+            sampling.temperature or _AS_GOOD_AS_GREEDY,
+            sampling.top_p if sampling.temperature else None,
+        )
 
-    def begin(self, wanted: dict[str, Any]) -> _MlflowReply:
+    def begin(self, wanted: _PlainRequest) -> _MlflowReply:
         return _MlflowReply(self._model, self._turn, wanted)
 
     def kept_bytes(self) -> int:
@@ -191,11 +238,11 @@ class MlflowChat:
 
 
 class _MlflowReply:
-    def __init__(self, model: PyFuncModel, turn: threading.Lock, wanted: dict[str, Any]) -> None:
+    def __init__(self, model: PyFuncModel, turn: threading.Lock, wanted: _PlainRequest) -> None:
         self._model = model
         self._turn = turn
-        self._stop = StopFinder(wanted["stop"])  # MLflow's own needs the logging machine's files
-        self._wanted = {key: value for key, value in wanted.items() if key != "stop"}
+        self._stop = StopFinder(wanted.stop)
+        self._fields = wanted.fields()
         self.prompt_tokens = 0
         self.tokens = 0
 
@@ -203,13 +250,13 @@ class _MlflowReply:
         left = cancellation.watched()
         with self._turn:
             reason = "stop"
-            for text, finished, usage in self._pieces():
+            for heard in self._pieces():
                 if left.is_set():  # a model without predict_stream has answered in vain
                     raise cancellation.Abandoned
-                reason = finished or reason
-                self.prompt_tokens = usage.get("prompt_tokens") or self.prompt_tokens
-                self.tokens = usage.get("completion_tokens") or self.tokens
-                if shown := self._stop.feed(text):
+                reason = heard.finish_reason or reason
+                self.prompt_tokens = heard.prompt_tokens or self.prompt_tokens
+                self.tokens = heard.tokens or self.tokens
+                if shown := self._stop.feed(heard.text):
                     yield _Piece(0, shown, self.tokens)
                 if self._stop.found:
                     reason = "stop"
@@ -218,16 +265,12 @@ class _MlflowReply:
                 yield _Piece(0, rest, self.tokens)
             yield _Piece(0, "", self.tokens, reason)
 
-    def _pieces(self) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-        """Text, finish reason and usage, as far as the model tells them."""
+    def _pieces(self) -> Iterator[_Heard]:
         if self._model.metadata.flavors["python_function"].get("streamable"):
             chunk: Any
-            for chunk in self._model.predict_stream(self._wanted):
-                choice = (chunk.get("choices") or [{}])[0]
-                text = (choice.get("delta") or {}).get("content") or ""
-                yield text, choice.get("finish_reason"), chunk.get("usage") or {}
+            for chunk in self._model.predict_stream(self._fields):
+                yield _Heard.read((chunk.get("choices") or [{}])[0], "delta", chunk)
             return
-        answer: Any = self._model.predict(self._wanted)
+        answer: Any = self._model.predict(self._fields)
         answer = answer[0] if isinstance(answer, list) else answer
-        choice = answer["choices"][0]
-        yield choice["message"]["content"], choice.get("finish_reason"), answer.get("usage") or {}
+        yield _Heard.read(answer["choices"][0], "message", answer)

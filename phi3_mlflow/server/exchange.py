@@ -1,4 +1,4 @@
-"""One request on its way through the server: place, worker thread, answer, figures.
+"""One request on its way through the server: place, worker thread, answer, statistics.
 
 The model works in a thread and hands pieces to the event loop. A client that goes away, or time
 that runs out, sets an event that the model looks at between two pieces of its work; the place is
@@ -54,7 +54,7 @@ class RequestStats:
 
 
 class RequestQueue:
-    """Where requests are taken: places, threads and figures, shared by all doors of a server."""
+    """Where requests are taken: places and threads, shared by all endpoints of a server."""
 
     def __init__(self, running: int, waiting: int, limit_s: float, metrics: Metrics) -> None:
         self.admission = Admission(running, waiting)
@@ -76,7 +76,7 @@ class Exchange:
     """A request that is being answered by `loaded`.
 
     Args:
-        done: called in the event loop with the figures when all is over.
+        done: called in the event loop with the statistics when all is over.
 
     Attributes:
         said: the texts of an answer so far.
@@ -87,9 +87,9 @@ class Exchange:
         queue: RequestQueue,
         request: Request,
         loaded: Loaded,
-        done: Callable[[RequestStats], None] = lambda figures: None,
+        done: Callable[[RequestStats], None] = lambda stats: None,
     ) -> None:
-        self.figures = RequestStats(loaded.version)
+        self.stats = RequestStats(loaded.version)
         self._queue = queue
         self._request = request
         self._loaded = loaded
@@ -155,7 +155,7 @@ class Exchange:
     def close(self) -> None:
         """Nobody wants more of it."""
         if not self._finished and not self._left.is_set():
-            self.figures.outcome = "cancelled"
+            self.stats.outcome = "cancelled"
         self._left.set()
 
     async def _abort(self, entering: asyncio.Task[None], other: asyncio.Task[Any]) -> None:
@@ -164,7 +164,7 @@ class Exchange:
         await asyncio.gather(entering, other, return_exceptions=True)
         if not entering.cancelled() and entering.exception() is None:
             self._queue.admission.leave(0.0)
-        self._finish(self.figures.outcome if self._left.is_set() else "cancelled")
+        self._finish(self.stats.outcome if self._left.is_set() else "cancelled")
 
     async def _watch_client(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
@@ -180,7 +180,7 @@ class Exchange:
 
     def _interrupt(self, outcome: str, error: Exception) -> None:
         if not self._left.is_set():
-            self.figures.outcome = outcome
+            self.stats.outcome = outcome
             self._left.set()
             self._results.put_nowait(error)
 
@@ -205,7 +205,7 @@ class Exchange:
 
     def _worker_ended(self, error: Exception | None) -> None:
         self._queue.admission.leave(time.perf_counter() - self._entered)
-        outcome = self.figures.outcome
+        outcome = self.stats.outcome
         if error is not None:
             outcome = "failed"
         self._results.put_nowait(error or _End())
@@ -216,20 +216,20 @@ class Exchange:
         self._timer.cancel()
         self._watch.cancel()
         self._queue.open.discard(self)
-        figures, metrics = self.figures, self._queue.metrics
-        figures.outcome = outcome
-        figures.total_s = time.perf_counter() - self._began
+        stats, metrics = self.stats, self._queue.metrics
+        stats.outcome = outcome
+        stats.total_s = time.perf_counter() - self._began
         if outcome == "cancelled":
             metrics.cancelled.inc()
         elif outcome == "timed_out":
             metrics.timed_out.inc()
-        if figures.first_s is not None:
-            metrics.first_token.observe(figures.first_s)
-        if figures.tokens_per_s is not None:
-            metrics.rate.observe(figures.tokens_per_s)
-        metrics.tokens.labels("prompt", figures.version).inc(figures.prompt_tokens)
-        metrics.tokens.labels("completion", figures.version).inc(figures.tokens)
-        self._done(figures)
+        if stats.first_s is not None:
+            metrics.first_token.observe(stats.first_s)
+        if stats.tokens_per_s is not None:
+            metrics.rate.observe(stats.tokens_per_s)
+        metrics.tokens.labels("prompt", stats.version).inc(stats.prompt_tokens)
+        metrics.tokens.labels("completion", stats.version).inc(stats.tokens)
+        self._done(stats)
 
     def answer_with(self, wanted: Any) -> Callable[[Callable[[Any], None]], None]:
         """Return the work of answering a parsed request: hands over a reply, then its parts."""
@@ -247,13 +247,13 @@ class Exchange:
                 close = getattr(parts, "close", None)
                 if close is not None:
                     close()
-                self.figures.prompt_tokens = reply.prompt_tokens
-                self.figures.tokens = reply.tokens
+                self.stats.prompt_tokens = reply.prompt_tokens
+                self.stats.tokens = reply.tokens
 
         return work
 
     def _count(self, reply: BackendReply, part: BackendPart) -> None:
         now = time.perf_counter() - self._began
-        if self.figures.first_s is None and part.tokens:
-            self.figures.first_s = now
-        self.figures.last_s = now
+        if self.stats.first_s is None and part.tokens:
+            self.stats.first_s = now
+        self.stats.last_s = now

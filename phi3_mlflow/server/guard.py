@@ -8,8 +8,8 @@ import logging
 import time
 import traceback
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +28,14 @@ _DOORS = (
 _BODY_S = 30.0  # within which a body has to arrive
 
 
+@dataclass
+class _Seen:
+    """What was seen of an answer as it passed."""
+
+    status: int = 0
+    version: str = "-"
+
+
 class Guard:
     """ASGI middleware around everything: key, host, request id, errors, log line, metrics."""
 
@@ -43,15 +51,15 @@ class Guard:
             return
         began = time.perf_counter()
         ident = f"req-{uuid.uuid4().hex[:16]}"
-        seen = {"status": 0, "version": "-"}
+        seen = _Seen()
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
+                seen.status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = ident
                 headers["x-content-type-options"] = "nosniff"
-                seen["version"] = headers.get("x-model-version", "-")
+                seen.version = headers.get("x-model-version", "-")
                 message["headers"] = headers.raw
             await send(message)
 
@@ -64,7 +72,7 @@ class Guard:
             told = from_exception(error)
             if told.status >= 500 and not isinstance(error, ApiError):
                 log_failure(error, ident, self._settings.debug)
-            if not seen["status"]:
+            if not seen.status:
                 await told.response()(scope, receive, answer)
         finally:
             self._note(scope, ident, seen, time.perf_counter() - began)
@@ -93,17 +101,17 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _note(self, scope: Scope, ident: str, seen: dict[str, Any], seconds: float) -> None:
+    def _note(self, scope: Scope, ident: str, seen: _Seen, seconds: float) -> None:
         # Neither query nor unknown paths: there may be anything in them.
         door = scope["path"] if scope["path"] in _DOORS else "other"
-        status = seen["status"] or 499  # the client left before anything was said
+        status = seen.status or 499  # the client left before anything was said
         self._metrics.requests.labels(door, str(status)).inc()
         if status < 400:
             self._metrics.seconds.labels(door).observe(seconds)
         log.info(
             "%s %s %s %.3fs version=%s %s",
             scope["method"] if scope["method"].isalpha() else "?", door, status, seconds,
-            seen["version"], ident,
+            seen.version, ident,
         )  # fmt: skip
 
 

@@ -68,10 +68,10 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
     row = (chat_row if kind == "chat" else completion_row)(asked.content())
     wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
 
-    def done(figures: RequestStats) -> None:
-        if figures.outcome == "rejected":  # a full queue is no time to write traces
+    def done(stats: RequestStats) -> None:
+        if stats.outcome == "rejected":  # a full queue is no time to write traces
             return
-        context.tracer.write(request.url.path, loaded.name, figures, row, "".join(exchange.said))
+        context.tracer.write(request.url.path, loaded.name, stats, row, "".join(exchange.said))
 
     exchange = Exchange(context.queue, request, loaded, done)
     try:

@@ -6,8 +6,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from phi3_mlflow.core.errors import UserError, problem_list
 
@@ -18,8 +19,7 @@ LEAST_KEY_LENGTH = 16
 Trace = Literal["off", "figures", "full"]
 
 
-@dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(BaseModel):
     """How the server behaves.
 
     Attributes:
@@ -35,17 +35,19 @@ class ServerSettings:
         follow_s: seconds between looks at where the alias points.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
     host: str = "127.0.0.1"
-    port: int = 8000
-    running: int = 8
-    batch: int = 8
-    waiting: int = 32
-    limit_s: float = 300.0
-    body_limit: int = 1_000_000
+    port: int = Field(default=8000, ge=0, le=65535)
+    running: int = Field(default=8, ge=1)
+    batch: int = Field(default=8, ge=1)
+    waiting: int = Field(default=32, ge=0)
+    limit_s: float = Field(default=300.0, gt=0)
+    body_limit: int = Field(default=1_000_000, gt=0)
     trace: Trace = "off"
-    api_key: str = field(default="", repr=False)
+    api_key: str = Field(default="", repr=False)
     debug: bool = False
-    follow_s: float = 5.0
+    follow_s: float = Field(default=5.0, gt=0)
 
     @property
     def loopback_only(self) -> bool:
@@ -92,21 +94,21 @@ class ServerSettings:
             )
         running = whole("running", 1, 64)
         batch = running if given["batch"].strip() in ("", "auto") else whole("batch", 1, 64)
-        made = cls(
-            host=host,
-            port=whole("port", 0, 65535),
-            running=running,
-            batch=batch,
-            waiting=whole("waiting", 0, 10_000),
-            limit_s=whole("request_limit_s", 1, 86_400),
-            body_limit=whole("body_limit_kb", 1, 1_000_000) * 1000,
-            trace=given["trace"],  # type: ignore[arg-type]  # checked against its choices before
-            api_key=key,
-            debug=environment.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes"),
-        )
+        values = {
+            "host": host,
+            "port": whole("port", 0, 65535),
+            "running": running,
+            "batch": batch,
+            "waiting": whole("waiting", 0, 10_000),
+            "limit_s": whole("request_limit_s", 1, 86_400),
+            "body_limit": whole("body_limit_kb", 1, 1_000_000) * 1000,
+            "trace": given["trace"],
+            "api_key": key,
+            "debug": environment.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes"),
+        }
         if problems:
             raise UserError(problem_list("The server cannot be started like this", problems))
-        return made
+        return cls.model_validate(values)
 
 
 def is_loopback(host: str) -> bool:

@@ -39,7 +39,7 @@ class Tracer:
         return self._trace == "full"
 
     def write(
-        self, name: str, model: str, figures: RequestStats, request: dict[str, Any], answer: str
+        self, name: str, model: str, stats: RequestStats, request: dict[str, Any], answer: str
     ) -> None:
         """Write a request that has just ended.
 
@@ -55,7 +55,7 @@ class Tracer:
         inputs = request if self.with_texts else None
         outputs = {"text": answer} if self.with_texts else None
         ended = time.time_ns()
-        self._thread.submit(self._write, name, model, figures, inputs, outputs, ended)
+        self._thread.submit(self._write, name, model, stats, inputs, outputs, ended)
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -66,30 +66,30 @@ class Tracer:
             mlflow.flush_trace_async_logging()
 
     def _write(
-        self, name: str, model: str, figures: RequestStats, inputs: Any, outputs: Any, ended: int
+        self, name: str, model: str, stats: RequestStats, inputs: Any, outputs: Any, ended: int
     ) -> None:
         import mlflow
 
         try:
             attributes: dict[str, Any] = {
                 "model": model,
-                "model_version": figures.version,
-                "outcome": figures.outcome,
-                "time_to_first_token_s": figures.first_s,
-                "tokens_per_s": figures.tokens_per_s,
+                "model_version": stats.version,
+                "outcome": stats.outcome,
+                "time_to_first_token_s": stats.first_s,
+                "tokens_per_s": stats.tokens_per_s,
                 "mlflow.chat.tokenUsage": {
-                    "input_tokens": figures.prompt_tokens,
-                    "output_tokens": figures.tokens,
-                    "total_tokens": figures.prompt_tokens + figures.tokens,
+                    "input_tokens": stats.prompt_tokens,
+                    "output_tokens": stats.tokens,
+                    "total_tokens": stats.prompt_tokens + stats.tokens,
                 },
             }
             span = mlflow.start_span_no_context(
                 name,
                 span_type="CHAT_MODEL",
                 inputs=inputs,
-                start_time_ns=ended - int(figures.total_s * 1e9),
+                start_time_ns=ended - int(stats.total_s * 1e9),
             )
-            failed = figures.outcome in ("failed", "timed_out")
+            failed = stats.outcome in ("failed", "timed_out")
             span.end(
                 outputs=outputs,
                 attributes={key: value for key, value in attributes.items() if value is not None},
