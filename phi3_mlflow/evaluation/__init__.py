@@ -1,0 +1,1 @@
+"""Measuring a registered version, and the gate that decides whether it may become champion."""

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.meter import peak_rss_bytes
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.evaluation.checks import check_answer
-from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.logits import find_model, local_files
 from phi3_mlflow.evaluation.statistics import quantile
 from phi3_mlflow.tracking.connection import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.evaluation.items import Question
 
 _BATCH = 4
 _LOOP_WORDS = 4  # a loop is told by runs of this many words that were there before
@@ -55,6 +58,7 @@ class Answer:
     repeats: bool
 
     def row(self) -> dict[str, Any]:
+        """The answer as `answers.jsonl` holds it."""
         return asdict(self)
 
     @property

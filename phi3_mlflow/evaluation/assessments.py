@@ -14,23 +14,25 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation.answers import Answer, repeats
 from phi3_mlflow.evaluation.checks import check_answer, describe
-from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
-from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.settings import JudgeSettings
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.runs import child_run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     import pandas
     from mlflow.genai.scorers import Scorer
+
+    from phi3_mlflow.evaluation.items import Question
+    from phi3_mlflow.evaluation.measurement import Measurement
+    from phi3_mlflow.evaluation.settings import JudgeSettings
 
 QUESTION, CATEGORY, LEVEL = "question", "category", "level"
 """Tags of a trace: `tag.category = 'json'` finds the answers of a category."""

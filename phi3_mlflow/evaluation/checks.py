@@ -6,10 +6,9 @@ import contextlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import (
@@ -24,6 +23,9 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from phi3_mlflow.rows.strict_json import no_constant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REGEX_SECONDS = 0.5  # a pattern that needs longer on one answer counts as "does not match"
 MAX_ANSWER_CHARS = 40_000  # an endless answer is judged by this much of its head (or tail)
@@ -267,14 +269,15 @@ def _fits(value: Any, shape: Shape) -> bool:
 @lru_cache
 def _validator_class() -> Any:
     """JSON Schema's rules, except that a pattern may not take forever."""
-    from jsonschema import Draft202012Validator, ValidationError
-    from jsonschema.validators import extend
+    import jsonschema
+
+    validators: Any = jsonschema.validators
 
     def pattern(_: Any, wanted: str, value: Any, __: Any) -> Iterator[Exception]:
         if isinstance(value, str) and not _find(wanted, value, False, "search"):
-            yield ValidationError("does not match")
+            yield jsonschema.ValidationError("does not match")
 
-    return extend(Draft202012Validator, {"pattern": pattern})
+    return validators.extend(jsonschema.Draft202012Validator, {"pattern": pattern})
 
 
 @lru_cache

@@ -19,8 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -35,6 +33,9 @@ from phi3_mlflow.rows.location import local_path
 from phi3_mlflow.rows.strict_json import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from pydantic_core import ErrorDetails
 
     from phi3_mlflow.rows.records import Record

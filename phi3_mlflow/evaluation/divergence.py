@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from phi3_mlflow.evaluation.logits import LogitSource
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from phi3_mlflow.evaluation.logits import LogitSource
+
+    Array = NDArray[Any]
 
 
 MOST_ROWS = 32  # onnxruntime-genai takes no larger batch
@@ -48,8 +51,12 @@ class Divergence:
     scores: tuple[TextScore, ...]
 
     def metrics(self) -> dict[str, float]:
-        """`perplexity`, `perplexity_reference`, `perplexity_ratio`, `kl_mean` (nats),
-        `top1_agreement` (share), `scored_tokens`."""
+        """Metric to value.
+
+        Returns:
+            `perplexity`, `perplexity_reference`, `perplexity_ratio`, `kl_mean` (nats),
+            `top1_agreement` (share) and `scored_tokens`.
+        """
         places = sum(score.places for score in self.scores)
         candidate = math.exp(sum(score.candidate_nll for score in self.scores) / places)
         reference = math.exp(sum(score.reference_nll for score in self.scores) / places)
@@ -74,13 +81,14 @@ def compare(
     """Compare two models on texts.
 
     Args:
-        reference, candidate: the models.
+        reference: the full-precision model.
+        candidate: the model that is compared with it.
         texts: name and token ids of each text.
         window: a longer text is scored in pieces of this many tokens, each on its own.
         advance: is told how many tokens have been scored.
         batch_tokens: so many places, padding included, are scored at once; 0 for one piece at a
-            time. The logits of both models are held for as many: 8 bytes a place and token of the
-            vocabulary.
+            time. The logits of both models are held for as many: 8 bytes per place and token of
+            the vocabulary.
     """
     import numpy as np
 
@@ -111,7 +119,7 @@ def compare(
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group pieces of like length, so that little is padding.
+    """Group pieces of like length, so that there is little padding.
 
     Args:
         lengths: of the pieces.
@@ -139,7 +147,7 @@ def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:
             yield piece
 
 
-def _piece(p_logits: np.ndarray, q_logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _piece(p_logits: Array, q_logits: Array, tokens: Array) -> Array:
     """Sums over the places of a piece: places, candidate NLL, reference NLL, KL, agreements."""
     import numpy as np
     import torch

@@ -10,9 +10,8 @@ A folder per version:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.progress import show_progress
@@ -24,9 +23,14 @@ from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.reference import answer_all
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
-from phi3_mlflow.evaluation.sets import Sets
-from phi3_mlflow.evaluation.settings import EvaluationSettings, GateSettings
 from phi3_mlflow.tracking import registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.evaluation.sets import Sets
+    from phi3_mlflow.evaluation.settings import EvaluationSettings, GateSettings
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,19 @@ refuse nor a reason to move the alias.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
-from phi3_mlflow.evaluation.divergence import TextScore
-from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
-from phi3_mlflow.evaluation.settings import Bound, Margin
 from phi3_mlflow.evaluation.statistics import Interval, mcnemar, paired_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from phi3_mlflow.evaluation.divergence import TextScore
+    from phi3_mlflow.evaluation.measurement import Measurement
+    from phi3_mlflow.evaluation.settings import Bound, Margin
 
 Decision = Literal["promote", "keep", "refuse"]
 State = Literal["better", "not worse", "undecided", "worse"]
@@ -123,6 +126,7 @@ class Verdict:
         return "nothing shows that it is better than the champion, or as good; measure more to tell"
 
     def to_dict(self) -> dict[str, Any]:
+        """The verdict as `verdict.json` holds it."""
         return {
             "passed": self.passed,
             "decision": self.decision,
@@ -177,7 +181,8 @@ def against_champion(
 
     Args:
         verdict: on the thresholds.
-        found, champion: measured on the same sets, with the same code.
+        found: of the version.
+        champion: of the champion, measured on the same sets with the same code.
         margins: by how much each metric may be worse.
         champion_uri: for the record.
     """

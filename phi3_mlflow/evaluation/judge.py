@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
-from phi3_mlflow.evaluation.settings import JudgeSettings
 
 if TYPE_CHECKING:
     import pandas
     from mlflow.genai.scorers import Scorer
+
+    from phi3_mlflow.evaluation.settings import JudgeSettings
 
 PREFIX = "judge."
 _OPENAI = "https://api.openai.com/v1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from phi3_mlflow.evaluation.gate import Verdict
+if TYPE_CHECKING:
+    from phi3_mlflow.evaluation.gate import Verdict
 
 _NOT_XML = re.compile(r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

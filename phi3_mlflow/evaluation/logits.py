@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 ONNX_CONFIG = "genai_config.json"
 
@@ -17,9 +20,15 @@ ONNX_CONFIG = "genai_config.json"
 class LogitSource(Protocol):
     """Something that says what it thinks comes next, at every place of a text."""
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Args: (B, S) int32 token ids, each row a text of its own, padded on the right at will.
-        Returns: (B, S, vocabulary) float32."""
+    def logits(self, tokens: Array) -> Array:
+        """What comes next, at every place.
+
+        Args:
+            tokens: (B, S) int32 ids, each row a text of its own, padded on the right at will.
+
+        Returns:
+            (B, S, vocabulary) float32.
+        """
 
 
 class OnnxLogits:
@@ -31,13 +40,13 @@ class OnnxLogits:
 
         config = og.Config(str(directory))
         threads = os.cpu_count() or 1
-        config.overlay(
-            f'{{"model":{{"decoder":{{"session_options":{{"intra_op_num_threads":{threads}}}}}}}}}'
-        )
+        options = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og = og
         self._model = og.Model(config)
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, tokens: Array) -> Array:
+        """(B, S) ids to (B, S, vocabulary) logits."""
         import numpy as np
 
         params = self._og.GeneratorParams(self._model)
@@ -46,7 +55,7 @@ class OnnxLogits:
         params.set_search_options(max_length=rows.shape[1] + 1, batch_size=rows.shape[0])
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(rows)
-        result: np.ndarray = np.asarray(generator.get_output("logits"))
+        result: Array = np.asarray(generator.get_output("logits"))
         return result
 
 
@@ -55,19 +64,22 @@ class TorchLogits:
 
     def __init__(self, directory: Path) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from transformers import AutoModelForCausalLM, utils
 
-        logging.disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(
+        library: Any = utils.logging
+        library.disable_progress_bar()
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype="auto", trust_remote_code=False, use_safetensors=True
-        ).eval()
+        )
+        model.eval()
+        self._model = model
         self._torch = torch
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, tokens: Array) -> Array:
+        """(B, S) ids to (B, S, vocabulary) logits."""
         with self._torch.inference_mode():
             ids = self._torch.as_tensor(tokens, dtype=self._torch.long)
-            result: np.ndarray = self._model(ids, use_cache=False).logits.float().numpy()
+            result: Array = self._model(ids, use_cache=False).logits.float().numpy()
         return result
 
 

@@ -8,9 +8,8 @@ or the code changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
@@ -21,7 +20,12 @@ from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
 from phi3_mlflow.evaluation.logits import find_model, local_files, open_logits
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
-from phi3_mlflow.evaluation.sets import Sets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from phi3_mlflow.evaluation.sets import Sets
 
 SAMPLE = Question.model_validate(
     {

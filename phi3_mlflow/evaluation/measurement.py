@@ -1,21 +1,23 @@
 """What was measured of one model, as files in a folder.
 
 metrics.json    metric to value; `phi3_mlflow.evaluation.metrics` says what they mean
-answers.jsonl   one `Answer` a line
-texts.jsonl     one `TextScore` a line
+answers.jsonl   one `Answer` per line
+texts.jsonl     one `TextScore` per line
 sample.json     a question and its answer, to show
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.evaluation.answers import Answer, read_answers
 from phi3_mlflow.evaluation.divergence import TextScore, read_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Measurement:
 
     @classmethod
     def read(cls, folder: Path) -> Measurement:
+        """What `write` left in a folder."""
+
         def load(name: str) -> Any:
             return json.loads((folder / name).read_text("utf-8"))
 
@@ -40,6 +44,7 @@ class Measurement:
         )
 
     def write(self, folder: Path) -> None:
+        """Write the four files into a folder."""
         _write_lines(folder / "answers.jsonl", [answer.row() for answer in self.answers])
         _write_lines(folder / "texts.jsonl", [vars(score) for score in self.scores])
         write_json(folder / "metrics.json", dict(self.metrics))
@@ -47,6 +52,7 @@ class Measurement:
 
 
 def write_json(file: Path, content: Any) -> None:
+    """Write JSON for programs and for people: indented, every letter as it is."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -5,9 +5,11 @@ The model card, the console and the report all take their words from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 Better = Literal["higher", "lower", "neither"]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation.datasets import load_calibration, load_heldout
-from phi3_mlflow.evaluation.items import Needle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from phi3_mlflow.evaluation.items import Needle
 
 
 @lru_cache(maxsize=1)

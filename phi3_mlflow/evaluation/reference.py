@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.core.progress import Meter
-from phi3_mlflow.evaluation.items import Question
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.evaluation.items import Question
 
 
 def answer_all(checkpoint: Path, questions: Sequence[Question], progress: Meter) -> dict[str, str]:
@@ -27,7 +29,8 @@ def answer_all(checkpoint: Path, questions: Sequence[Question], progress: Meter)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(checkpoint), dtype="auto", trust_remote_code=False, use_safetensors=True
-    ).eval()
+    )
+    model.eval()
     answers: dict[str, str] = {}
     for question in questions:
         ids = tokenizer.apply_chat_template(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.evaluation.datasets import digest
-from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
 
 _TEMPLATE_ROOM = 64  # tokens that a chat template adds to a long prompt, at most
 

@@ -6,7 +6,10 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROMPT_TOKENS = 16
 

@@ -5,12 +5,16 @@ Everything is deterministic: resampling starts from a fixed seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
 
 LEVEL = 0.95
 _SEED = 20240611
@@ -73,8 +77,8 @@ def paired_ratio(
     size = np.ones(len(first)) if weights is None else np.asarray(weights, float)
     difference = np.asarray(second, float) - np.asarray(first, float)
 
-    def ratio(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(sums.sum(axis) / sizes.sum(axis))
+    def ratio(sums: FloatArray, sizes: FloatArray, axis: int = -1) -> FloatArray:
+        return np.asarray(sums.sum(axis) / sizes.sum(axis), float)
 
     found = bootstrap(
         (difference, size),

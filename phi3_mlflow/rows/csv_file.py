@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.rows import lines
 from phi3_mlflow.rows.faults import BrokenFile, Fault, shown
 from phi3_mlflow.rows.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 class CsvFile:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.rows.faults import BrokenFile, Fault
 from phi3_mlflow.rows.records import Record, without_nulls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _DATASET, _SEVERAL = "state.json", "dataset_dict.json"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.rows.csv_file import CsvFile
 from phi3_mlflow.rows.dataset_folder import DatasetFolder
 from phi3_mlflow.rows.jsonl_file import JsonlFile
 from phi3_mlflow.rows.parquet_file import ParquetFile
-from phi3_mlflow.rows.records import RowFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.rows.records import RowFile
 
 FORMATS: Mapping[str, type[JsonlFile] | type[CsvFile] | type[ParquetFile]] = {
     ".jsonl": JsonlFile,

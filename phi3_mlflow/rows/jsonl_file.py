@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.rows import lines
 from phi3_mlflow.rows.faults import Fault, shown
 from phi3_mlflow.rows.records import Record
 from phi3_mlflow.rows.strict_json import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 class JsonlFile:

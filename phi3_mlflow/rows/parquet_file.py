@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.rows.faults import BrokenFile, Fault, shown
 from phi3_mlflow.rows.records import Record, without_nulls
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     import pyarrow
 
 _BATCH = 1024  # rows

@@ -11,8 +11,7 @@ import csv
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.rows import lines
@@ -21,8 +20,12 @@ from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.rows.files import FORMATS
 from phi3_mlflow.rows.jsonl_file import JsonlFile
 from phi3_mlflow.rows.parquet_file import ParquetFile
-from phi3_mlflow.rows.records import Record
 from phi3_mlflow.scoring.requests import COLUMNS, INPUT_COLUMNS, Result, RowRequest, request_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phi3_mlflow.rows.records import Record
 
 _KEPT_TEXT = 1000  # characters of an unreadable line in the output
 _SAMPLED = 50  # columns that are named when none of them asks anything

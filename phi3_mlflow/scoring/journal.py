@@ -1,7 +1,7 @@
 """The journal beside the output: what is done already, whatever happens to the process.
 
 A journal is a text file that is only appended to. Each line is a checksum (CRC-32 of the rest, in
-hex), a space and JSON: first the header, which says what the results depend on, then one line a
+hex), a space and JSON: first the header, which says what the results depend on, then one line per
 batch, `[[index, response, finish_reason, prompt_tokens, completion_tokens, error], ...]`. A batch
 counts when its line is whole and on the disk; a line that a kill cut off, or that was damaged
 since, is cut away with all that follows it, and its rows are scored again.
@@ -15,13 +15,15 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.scoring.requests import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
 
 FORMAT = 1
 _ABSENT = -1

@@ -12,16 +12,19 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.machine import available_memory, usable_cores
 from phi3_mlflow.scoring.requests import Result
 from phi3_mlflow.scoring.worker import WorkerSettings, answer_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from multiprocessing.process import BaseProcess
+    from pathlib import Path
 
 Batch = list[tuple[int, str]]
 """Index and request, as JSON, of each row."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.scoring.requests import RowRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from phi3_mlflow.scoring.requests import RowRequest
 
 SEED = "seed"
 """The parameter of a model that takes a seed, and the key of the seed in a journal."""
@@ -56,7 +59,7 @@ def inspect_model(model_uri: str) -> ScoredModel:
 
     try:
         path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-        about = mlflow.models.Model.load(str(path))
+        about: Any = mlflow.models.Model.load(str(path))
     except (MlflowException, OSError) as error:
         raise UserError(
             f"parameter: model_uri = {model_uri!r}: no such model: {str(error)[:300]}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.rows.strict_json import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 INPUT_COLUMNS = ("messages", "prompt")
 """The columns that hold what is asked; a row has one of them."""

@@ -6,12 +6,10 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.core import console
@@ -26,6 +24,10 @@ from phi3_mlflow.scoring.model import SEED, ScoredModel, inspect_model, temporar
 from phi3_mlflow.scoring.requests import Result
 from phi3_mlflow.scoring.spark import SparkEngine
 from phi3_mlflow.scoring.worker import WorkerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
 
 
 class Engine(Protocol):

@@ -13,17 +13,20 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.core.machine import usable_cores
-from phi3_mlflow.scoring.local import Batch, BatchResults
 from phi3_mlflow.scoring.requests import COLUMNS, Result
 from phi3_mlflow.scoring.worker import WorkerSettings, answer_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from phi3_mlflow.scoring.local import Batch, BatchResults
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SCHEMA = (

@@ -15,6 +15,7 @@ from phi3_mlflow.core.errors import GateRefused
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.pipeline.step import Outcome, carry_out
 from phi3_mlflow.stages import evaluate, export, log, promote, quantize, register
+from phi3_mlflow.stages.records import PromotionRecord
 from phi3_mlflow.tracking import registry
 from tests.conftest import own_store
 
@@ -52,21 +53,21 @@ class Line:
         self.values = {"profile": str(profile), "quiet": "true"}
         self.checkpoint = str(checkpoint)
 
-    def do(self, module: Any, **values: str) -> Outcome:
-        request = read_request(module.STEP.all_parameters, {**self.values, **values})
+    def do(self, module: Any, **values: str) -> Outcome[Any]:
+        request = read_request(module.STEP.parameters, {**self.values, **values})
         return carry_out(module.STEP, request)
 
     def registered(self, onnx: Path) -> str:
         """The number of the version that a model becomes, evaluated."""
         self.do(log, checkpoint=self.checkpoint, onnx=str(onnx))
-        number = str(self.do(register).record["versions"][0]["version"])
+        number = str(self.do(register).record.versions[0].version)
         self.evaluated(number)
         return number
 
     def evaluated(self, number: str) -> None:
         self.do(evaluate, version=number, checkpoint=self.checkpoint)
 
-    def promoted(self, number: str) -> dict[str, Any]:
+    def promoted(self, number: str) -> PromotionRecord:
         return self.do(promote, version=number).record
 
 
@@ -90,13 +91,13 @@ def test_the_better_one_follows_the_worse_one_and_stays(line: Line, real_onnx: P
     worse_files = line.do(export).entry.path
 
     worse = line.registered(worse_files)
-    assert line.promoted(worse)["moved"], "the first one that keeps to the thresholds"
+    assert line.promoted(worse).moved, "the first one that keeps to the thresholds"
 
     better = line.registered(real_onnx)
     tags = registry.describe(registry.VersionName(NAME, better)).tags
     assert tags["gate_against"] == worse
     assert "better than the champion in: KL divergence" in tags["gate_reasons"]
-    assert line.promoted(better)["moved"]
+    assert line.promoted(better).moved
     assert registry.alias_of(NAME, registry.CHAMPION) == better
 
     line.evaluated(worse)
@@ -112,8 +113,8 @@ def test_the_better_one_follows_the_worse_one_and_stays(line: Line, real_onnx: P
     tags = registry.describe(registry.VersionName(NAME, same)).tags
     assert (tags["gate"], tags["gate_decision"]) == ("passed", "keep")
     done = line.promoted(same)
-    assert not done["moved"]
-    assert "the same model" in done["reason"]
+    assert not done.moved
+    assert "the same model" in done.reason
     assert registry.alias_of(NAME, registry.CHAMPION) == better
 
     kl = [

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
-from phi3_mlflow.evaluation.gate import Comparison
 from phi3_mlflow.evaluation.hardware import hardware
-from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
-from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
 from phi3_mlflow.evaluation.report import plots
 from phi3_mlflow.evaluation.result import TEXTS_TAG, Evaluation, ModelFacts
-from phi3_mlflow.evaluation.sets import Sets
 from phi3_mlflow.evaluation.statistics import Interval, wilson
 from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.figure import Figure
+
+    from phi3_mlflow.evaluation.gate import Comparison
+    from phi3_mlflow.evaluation.items import Question
+    from phi3_mlflow.evaluation.measurement import Measurement
+    from phi3_mlflow.evaluation.sets import Sets
 
 WORST = 20
 """The tag of a version that holds the digest of the texts it was measured on last."""

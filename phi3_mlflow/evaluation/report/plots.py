@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.evaluation.answers import NEEDLE, Answer
-from phi3_mlflow.evaluation.divergence import TextScore
 from phi3_mlflow.evaluation.statistics import wilson
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from phi3_mlflow.evaluation.divergence import TextScore
 
 # What a plot is drawn in; in the page each becomes the variable of that name.
 INK, MUTED, LINE, PAPER = "#1a1f2b", "#667085", "#e4e7ec", "#fefefe"
@@ -88,20 +90,20 @@ def quality(versions: Sequence[KnownVersion]) -> Figure:
     """Divergence against size and against speed, one dot per version."""
     figure, (left, right) = _figure(9.2, 3.3, 2)
     colours = {"version": VERSION, "champion": CHAMPION}
-    for axes, value, name in (
-        (left, lambda v: v.size_bytes / 1e6, "size on disk, MB"),
-        (right, lambda v: v.tokens_per_second, "speed, tokens/s"),
+    for axes, values, name in (
+        (left, [known.size_bytes / 1e6 for known in versions], "size on disk, MB"),
+        (right, [known.tokens_per_second for known in versions], "speed, tokens/s"),
     ):
-        for known in versions:
+        for known, value in zip(versions, values, strict=True):
             colour = colours.get(known.role, OTHER)
-            axes.scatter([value(known)], [known.kl_mean], s=70, color=colour, zorder=3)
+            axes.scatter([value], [known.kl_mean], s=70, color=colour, zorder=3)
             axes.annotate(
-                f"v{known.number} {known.algorithm}", (value(known), known.kl_mean),
+                f"v{known.number} {known.algorithm}", (value, known.kl_mean),
                 textcoords="offset points", xytext=(7, 5), fontsize=9, color=INK,
             )  # fmt: skip
         _titles(axes, name, "KL divergence, nats")
-        # Room on the right and above for what is written beside a dot.
-        axes.set_xlim(0, 1.3 * max((value(known) for known in versions), default=1) or 1)
+        # Room on the right and above for what is written next to a dot.
+        axes.set_xlim(0, 1.3 * max(values, default=1) or 1)
         axes.set_ylim(0, 1.3 * max((known.kl_mean for known in versions), default=1) or 1)
     return figure
 
