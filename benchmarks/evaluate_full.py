@@ -25,7 +25,7 @@ from phi3_mlflow.evaluation.answers import NEEDLE, Answer, read_answers  # noqa:
 from phi3_mlflow.evaluation.divergence import read_scores  # noqa: E402
 from phi3_mlflow.evaluation.metrics import formatted, label  # noqa: E402
 from phi3_mlflow.evaluation.statistics import wilson  # noqa: E402
-from phi3_mlflow.pipeline.step import read_record, slot  # noqa: E402
+from phi3_mlflow.stages import evaluate  # noqa: E402
 from phi3_mlflow.tracking.connection import connect  # noqa: E402
 
 PROFILE = "smollm2-135m"
@@ -50,12 +50,12 @@ def evaluated() -> tuple[Path, dict[str, float]]:
     if code not in (EXIT_DONE, EXIT_GATE):
         raise SystemExit(code)
     connect()
-    entry = StepCache().latest(PROFILE, "evaluate", slot("evaluate"))
+    entry = StepCache().latest(PROFILE, "evaluate", evaluate.STEP.slot)
     if entry is None:
         raise SystemExit("evaluate has left nothing")
-    record = read_record(entry)
-    (uri,) = record["versions"]
-    return entry.path / Path(uri).name, mlflow.get_run(record["run_id"]).data.metrics
+    record = evaluate.STEP.record_of(entry)
+    (uri,) = record.versions
+    return entry.path / Path(uri).name, mlflow.get_run(record.run_id).data.metrics
 
 
 def share(name: str, answers: list[Answer], on: str) -> list[Cell]:

@@ -54,6 +54,7 @@ NEUTRAL_LIBRARIES = {
     "pip": "carries bytes that are compared with their hashes",
     "psutil": "measures processes",
     "pydantic": "checks values, which are in the key as settings",
+    "pydantic_core": "checks values, which are in the key as settings",
     "rich": "shows progress",
     "yaml": "reads profiles; their values are in the key as settings",
 }
@@ -64,6 +65,13 @@ COMPUTES_BEHIND = {"onnxruntime_genai": ("onnxruntime",)}
 
 DISTRIBUTIONS = {"google": "protobuf", "yaml": "PyYAML", "jinja2": "Jinja2"}
 """Distributions whose name is not that of their module (`_` and `-` are the same to pip)."""
+
+
+def modules_in(package: str, source: Path = SOURCE) -> tuple[str, ...]:
+    """The modules in a package's own folder, by dotted name."""
+    folder = source.joinpath(*package.split("."))
+    names = sorted(file.stem for file in folder.glob("*.py"))
+    return tuple(package if name == "__init__" else f"{package}.{name}" for name in names)
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,14 @@ class Code:
         return {**path, "PYTHONSAFEPATH": "1"}
 
 
-def code_at(commit: str, present: Origin, place: Path, root: Path | None = None) -> Code:
+def code_at(commit: str, root: Path | None, present: Origin, place: Path) -> Code:
     """The code of a commit: the present one when it is that, otherwise checked out elsewhere.
 
     Args:
         commit: as the version's tag has it, `-dirty` when there were changes that it lacks.
+        root: the checkout that the present code is in; None when it is an installed package.
         present: the code that runs.
         place: a folder to check the other one out into; it does not exist yet.
-        root: the checkout that the present code is in; None when it is an installed package.
     """
     if commit == present.commit and not commit.endswith(DIRTY):
         return Code(root, commit)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
+from phi3_mlflow.artifacts.code_keys import modules_in
 from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
@@ -26,6 +27,9 @@ from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import LoggedModel, LoggedModels
 from phi3_mlflow.tracking.connection import connect, tracking_identity
+
+if TYPE_CHECKING:
+    from phi3_mlflow.flavors.bundle import Flavor
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Log(Step[LogInputs, LoggedModels]):
     copies = (
         "phi3_mlflow.flavors.chat_model",
         "phi3_mlflow.flavors.prompt_model",
-        "phi3_mlflow.runtime.python_model",
+        *modules_in("phi3_mlflow.runtime"),
     )
 
     def inputs(self, request: Request, cache: StepCache) -> LogInputs:
@@ -71,10 +75,13 @@ class Log(Step[LogInputs, LoggedModels]):
         )
 
     def settings(self, request: Request) -> Settings:
+        from phi3_mlflow.flavors.bundle import requirements
+
         profile = request.profile
         return {
             "flavor": profile.flavor,
             "contract": profile.contract,
+            "requirements": {flavor: requirements(flavor) for flavor in flavors(request)},
             "runtime": profile.runtime.model_dump(mode="json"),
             "tracking": tracking_identity(),
         }
@@ -103,7 +110,7 @@ class Log(Step[LogInputs, LoggedModels]):
         return next(filter(None, troubles), None)
 
 
-def flavors(request: Request) -> list[str]:
+def flavors(request: Request) -> list[Flavor]:
     """The flavors that the profile asks for, the one that may become champion first."""
     flavor = request.profile.flavor
     return ["onnx", "transformers"] if flavor == "both" else [flavor]

@@ -84,7 +84,7 @@ class Reproduce(Step[ReproduceInputs, ReproductionRecord]):
         private = work.out / "again"
         private.mkdir()
         try:
-            code = code_at(tags.get("git_commit", UNKNOWN), origin(), private / "code", checkout())
+            code = code_at(tags.get("git_commit", UNKNOWN), checkout(), origin(), private / "code")
             console.say(f"  {version.uri}, with the code of {code.commit}")
             profile = write_profile(recipe, code, private)
             made = rebuild(

@@ -52,10 +52,10 @@ def test_a_phi_profile_goes_from_fetch_to_a_chat_answer(name: str, workspace: Wo
         },
     )
     for module in (fetch, quantize, export, log):
-        request = read_request(module.STEP.all_parameters, {"profile": str(profile)})
+        request = read_request(module.STEP.parameters, {"profile": str(profile)})
         done = carry_out(module.STEP, request)
-    (logged,) = done.record["models"]
-    model = mlflow.pyfunc.load_model(logged["model_uri"])
+    (logged,) = done.record.models
+    model = mlflow.pyfunc.load_model(logged.model_uri)
     answer = model.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5})
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert 1 <= answer["usage"]["completion_tokens"] <= 5

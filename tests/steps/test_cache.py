@@ -35,7 +35,7 @@ def store(workspace: Workspace) -> StepCache:
 
 
 def run(**values: str) -> None:
-    cache.main(read_request(cache.PARAMETERS, values))
+    cache.COMMAND.run(read_request(cache.COMMAND.parameters, values))
 
 
 def keys(store: StepCache) -> set[int]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import subprocess
+import sys
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from phi3_mlflow import __version__
+from phi3_mlflow.__main__ import main as program
 from phi3_mlflow.config.parameters import PARAMETERS
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT
-from phi3_mlflow.pipeline.command_line import command, step_command
-from phi3_mlflow.pipeline.step import ROOT
-from tests.conftest import Workspace
+from phi3_mlflow.pipeline.command_line import click_command
+from phi3_mlflow.stages import catalog
+from tests.conftest import ROOT, Workspace
 
 COMMANDS = ("main", "cache", "score", "serve")
 STEPS = (
@@ -29,14 +32,7 @@ STEPS = (
 
 
 def invoke(name: str, *options: str) -> Result:
-    module = importlib.import_module(f"phi3_mlflow.stages.{name}")
-    choices = getattr(module, "CHOICES", None)
-    made = (
-        command(name, module.PARAMETERS, module.__doc__, module.main, choices)
-        if name in COMMANDS
-        else step_command(module.STEP, module.__doc__)
-    )
-    return CliRunner().invoke(made, list(options))
+    return CliRunner().invoke(click_command(catalog.COMMANDS[name]), list(options))
 
 
 @pytest.mark.parametrize("name", [*STEPS, *COMMANDS])
@@ -119,13 +115,43 @@ def test_bad_input_is_told_from_a_fault(
 
 def test_mlproject_declares_just_the_parameters_that_the_steps_have() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
-    assert set(project["entry_points"]) == {*STEPS, *COMMANDS}
+    assert list(project["entry_points"]) == list(catalog.COMMANDS)
+    assert {*STEPS, *COMMANDS} == set(catalog.COMMANDS)
     for name in project["entry_points"]:
-        module = importlib.import_module(f"phi3_mlflow.stages.{name}")
-        wanted = module.PARAMETERS if name in COMMANDS else module.STEP.all_parameters
+        wanted = catalog.COMMANDS[name].parameters
         declared = project["entry_points"][name]["parameters"]
         assert tuple(declared) == wanted, name
         for parameter, about in declared.items():
             assert about == {"type": "string", "default": PARAMETERS[parameter].default}
             text = project["entry_points"][name]["command"]
             assert f"{PARAMETERS[parameter].option} {{{parameter}}}" in text
+
+
+def test_the_installed_program_has_the_same_commands() -> None:
+    result = CliRunner().invoke(program, ["--help"])
+    assert result.exit_code == 0
+    for name, command in catalog.COMMANDS.items():
+        assert f"  {name}" in result.output
+        told = CliRunner().invoke(program, [name, "--help"])
+        assert told.exit_code == 0
+        assert command.summary in told.output
+    assert __version__ in CliRunner().invoke(program, ["--version"]).output
+
+
+def test_a_script_runs_the_command_of_its_name() -> None:
+    for name in catalog.COMMANDS:
+        source = (ROOT / "steps" / f"{name}.py").read_text()
+        assert f"from phi3_mlflow.stages.{name} import" in source
+        assert len(source.splitlines()) < 20
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from phi3_mlflow.stages import catalog; "
+        "print(sorted({'mlflow', 'torch', 'transformers', 'onnx', 'onnxruntime', 'pandas',"
+        " 'scipy', 'matplotlib', 'datasets', 'fastapi', 'pyarrow'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -8,9 +8,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from phi3_mlflow.artifacts.records import RECORD_NAME
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EXIT_GATE
-from phi3_mlflow.pipeline.step import RECORD_NAME, carry_out, read_record
+from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
@@ -183,14 +184,23 @@ def test_the_gate_refuses_and_says_by_how_much(line, connected: Workspace) -> No
     assert tags["gate"] == "failed"
     assert "kl_mean" in tags["gate_reasons"]
 
-    forced = place.step("promote", "--profile", str(profile), "--force", "true")
+    forced = place.step("promote", "--profile", str(profile), "--overrule", "true")
     assert forced.returncode == 0, forced.stderr
+    assert "force=true" not in forced.stderr
     assert registry.alias_of("tiny", "champion") == "2"
     tags = registry.describe(registry.VersionName("tiny", "2")).tags
     assert (tags["promotion_forced"], tags["promoted_from"]) == ("true", "1")
 
     back = place.step("promote", "--profile", str(profile), "--action", "rollback")
     assert back.returncode == 0, back.stderr
+    assert registry.alias_of("tiny", "champion") == "1"
+
+    # What overruled the gate up to version 0.1.
+    forced = place.step("promote", "--profile", str(profile), "--force", "true")
+    assert forced.returncode == 0, forced.stderr
+    assert "force=true of promote is called overrule=true now" in forced.stderr
+    assert registry.alias_of("tiny", "champion") == "2"
+    back = place.step("promote", "--profile", str(profile), "--action", "rollback")
     assert registry.alias_of("tiny", "champion") == "1"
 
 
@@ -223,7 +233,7 @@ def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) ->
     request = read_request(log.STEP.all_parameters, {"profile": str(profile), "quiet": "true"})
     first = carry_out(log.STEP, request)
     assert first.hit
-    model_id = read_record(first.entry)["models"][0]["model_id"]
+    model_id = first.record.models[0].model_id
     registry.client().delete_logged_model(model_id)
     second = carry_out(log.STEP, request)
     assert not second.hit

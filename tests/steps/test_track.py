@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,9 +115,9 @@ def test_main_hands_on_what_it_was_told(hub: HubServer, profile: Path) -> None:
     request = request_of(profile)
     told = fetch.followed(request)
     hub.commit = MOVED
-    handed = type(request)(request.profile, {**request.values, **told})
-    assert fetch.settings(handed)["source_revision"] == COMMIT
-    assert fetch.settings(request)["source_revision"] == MOVED
+    handed = replace(request, results=told)
+    assert fetch.STEP.settings(handed)["source_revision"] == COMMIT
+    assert fetch.STEP.settings(request)["source_revision"] == MOVED
 
 
 def test_a_pinned_source_asks_nobody(hub: HubServer, tmp_path: Path) -> None:

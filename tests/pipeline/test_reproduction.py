@@ -16,13 +16,13 @@ from phi3_mlflow.artifacts.provenance import write_provenance
 from phi3_mlflow.config.loading import load_profile, profile_names
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, EXIT_DIFFERENT, UserError
-from phi3_mlflow.pipeline.command_line import step_command
-from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe, recipe_of
+from phi3_mlflow.core.git import Origin
+from phi3_mlflow.pipeline.command_line import click_command
+from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe, artifact_libraries, recipe_of
 from phi3_mlflow.pipeline.reproduction import Code, changed_libraries, code_at, write_profile
-from phi3_mlflow.pipeline.step import ROOT
 from phi3_mlflow.stages import quantize, reproduce
 from phi3_mlflow.tracking import registry
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from tests.fixtures import tiny_line
 
 COMMIT = "c0ffee" + "0" * 34
@@ -53,14 +53,14 @@ def project(tmp_path: Path) -> tuple[Path, list[str]]:
 
 def test_the_present_code_is_taken_when_it_is_the_versions(project, tmp_path: Path) -> None:
     folder, (_, two) = project
-    assert code_at(two, folder, two, tmp_path / "place") == Code(folder, two)
+    assert code_at(two, folder, Origin(two), tmp_path / "place") == Code(folder, two)
     assert not (tmp_path / "place").exists()
 
 
 def test_another_commit_is_checked_out_beside_the_users_folder(project, tmp_path: Path) -> None:
     folder, (one, two) = project
     (folder / "code").write_text("being worked on")
-    code = code_at(one, folder, f"{two}-dirty", tmp_path / "place")
+    code = code_at(one, folder, Origin(f"{two}-dirty"), tmp_path / "place")
     assert (code.commit, code.note) == (one, "")
     assert (code.root / "code").read_text() == "one"
     assert (folder / "code").read_text() == "being worked on"
@@ -72,7 +72,9 @@ def test_a_commit_that_is_only_where_the_clone_came_from(project, tmp_path: Path
     folder, (one, two) = project
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", "--depth", "1", folder.as_uri(), str(clone))
-    code = code_at(one, clone, two, tmp_path / "place")
+    code = code_at(
+        one, clone, Origin(two, git(clone, "remote", "get-url", "origin")), tmp_path / "place"
+    )
     assert (code.root / "code").read_text() == "one"
 
 
@@ -89,7 +91,7 @@ def test_code_that_is_not_to_be_had_is_replaced_and_that_is_said(
     project, tmp_path: Path, commit: str, words: str
 ) -> None:
     folder, (_, two) = project
-    code = code_at(commit, folder, two, tmp_path / "place")
+    code = code_at(commit, folder, Origin(two), tmp_path / "place")
     assert (code.root, code.commit) == (folder, two)
     assert words in code.note
     assert "the present code ran" in code.note
@@ -112,9 +114,9 @@ def test_the_profile_of_a_recipe_decides_the_same_bytes(name: str, tmp_path: Pat
         "source_revision": COMMIT,
         "lock": profile.sha256 or {"model.safetensors": "0" * 64},
         "precision": profile.precision,
-        "quantization": quantize.settings(request),
+        "quantization": quantize.STEP.settings(request),
     }
-    recipe = recipe_of(profile, artifact(tmp_path / "onnx", **known), tmp_path, {"torch": "1"})
+    recipe = recipe_of(profile, artifact(tmp_path / "onnx", **known), tmp_path)
     assert recipe is not None
     kept = Recipe.read(json.loads(json.dumps({METADATA_KEY: recipe.metadata()})), "models:/m/1")
     assert kept == recipe
@@ -131,7 +133,7 @@ def test_the_profile_of_a_recipe_decides_the_same_bytes(name: str, tmp_path: Pat
 def test_what_was_done_counts_more_than_what_the_profile_says(tmp_path: Path) -> None:
     profile = load_profile(str(tiny_line.write_profile(tmp_path)))
     known = {"precision": "int4", "quantization": {"algorithm": "k_quant", "block_size": 64}}
-    recipe = recipe_of(profile, artifact(tmp_path / "onnx", **known), tmp_path, {})
+    recipe = recipe_of(profile, artifact(tmp_path / "onnx", **known), tmp_path)
     assert recipe is not None
     assert recipe.profile["quantization"] == {"algorithm": "k_quant", "block_size": 64}
     assert recipe.profile["source"] == f"file:{tmp_path / 'model'}"
@@ -140,7 +142,7 @@ def test_what_was_done_counts_more_than_what_the_profile_says(tmp_path: Path) ->
 
 def test_an_artifact_of_unknown_origin_has_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("graph")
-    assert recipe_of(load_profile("smollm2-135m"), tmp_path, tmp_path, {}) is None
+    assert recipe_of(load_profile("smollm2-135m"), tmp_path, tmp_path) is None
     with pytest.raises(UserError, match="carries no recipe"):
         Recipe.read({"task": "llm/v1/chat"}, "models:/m/1")
     with pytest.raises(UserError, match="cannot be read"):
@@ -168,7 +170,7 @@ def test_libraries_that_moved_are_named() -> None:
 def registered(workspace: Workspace) -> Recipe:
     """Version 1 of `tiny`, with a recipe and no more."""
     profile = {"name": "tiny", "precision": "int4", "quantization": {}}
-    recipe = Recipe(profile, None, FILES, reproduce.libraries())
+    recipe = Recipe(profile, None, FILES, artifact_libraries())
     folder = workspace.folder / "model"
     folder.mkdir()
     content = {"flavors": {"python_function": {}}, "metadata": {METADATA_KEY: recipe.metadata()}}
@@ -183,7 +185,7 @@ def registered(workspace: Workspace) -> Recipe:
 def run_it(workspace: Workspace):
     profile = tiny_line.write_profile(workspace.folder)
     options = ["--profile", str(profile), "--version", "1"]
-    return CliRunner().invoke(step_command(reproduce.STEP, reproduce.__doc__), options)
+    return CliRunner().invoke(click_command(reproduce.STEP), options)
 
 
 def last_run():

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from phi3_mlflow.artifacts import code_keys
 from phi3_mlflow.artifacts.code_keys import NEUTRAL_LIBRARIES, NEUTRAL_MODULES, SOURCE, closure
-from tests.conftest import Workspace
+from phi3_mlflow.core.shipped import PACKAGE
+from tests.conftest import ROOT, Workspace
 from tests.fixtures.tiny_line import write_profile
 
 STEPS = (
@@ -32,8 +33,7 @@ def roots(step: str) -> tuple[str, ...]:
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """The packages' sources in a folder where they may be changed."""
-    for package in code_keys.PACKAGES:
-        shutil.copytree(SOURCE / package, tmp_path / package)
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
     return tmp_path
 
 
@@ -63,7 +63,7 @@ def test_touching_what_a_step_runs_changes_its_key_and_nothing_else_does(
 def test_export_follows_the_packing_that_it_shares_with_quantize() -> None:
     """The fault that lists kept by hand had: a stale ONNX model beside fresh int4 weights."""
     export, quantize = closure(roots("export")).modules, closure(roots("quantize")).modules
-    for module in ("packing", "rounding", "quantize", "plan"):
+    for module in ("packing", "rounding", "plan"):
         assert f"phi3_mlflow.quantization.{module}" in export
         assert f"phi3_mlflow.quantization.{module}" in quantize
     assert "phi3_mlflow.evaluation.measure" in closure(roots("search")).modules
@@ -154,7 +154,7 @@ def test_what_a_step_really_loads_is_counted_or_named_neutral(tmp_path: Path) ->
         "from phi3_mlflow.config.parameters import read_request\n"
         "from phi3_mlflow.pipeline.step import carry_out\n"
         "values = dict(zip(options[::2], options[1::2]))\n"
-        "carry_out(module.STEP, read_request(module.STEP.all_parameters, values))\n"
+        "carry_out(module.STEP, read_request(module.STEP.parameters, values))\n"
         "print('LOADED ' + json.dumps([n for n in sys.modules if n.startswith('phi3_mlflow')]))\n"
     )
     for step in ("fetch", "quantize", "export", "log", "register", "evaluate", "promote"):
@@ -193,7 +193,7 @@ def test_a_dry_run_says_which_file_made_a_key_change(tmp_path: Path) -> None:
     profile = write_profile(place.folder)
     code = tmp_path / "code"
     for name in ("phi3_mlflow", "steps", "configs", "data"):
-        shutil.copytree(SOURCE / name, code / name)
+        shutil.copytree(ROOT / name, code / name)
     environment = {**place.whole_environment, "PYTHONPATH": str(code)}
 
     def step(name: str, *options: str) -> str:
