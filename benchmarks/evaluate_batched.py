@@ -1,4 +1,4 @@
-"""Batched scoring beside one text at a time: throughput and scores of the same run.
+"""Batched scoring compared with one text at a time: throughput and scores of the same run.
 
     python benchmarks/evaluate_batched.py [MODEL_FOLDER] [REFERENCE_CHECKPOINT]
 
@@ -83,9 +83,9 @@ def main() -> None:
             )  # fmt: skip
     write_result(
         "evaluate_batched",
-        title="Scoring in batches beside one piece at a time",
+        title="Scoring in batches, compared with one piece at a time",
         columns=[
-            "model", "tokens a piece", "one at a time, tokens/s", "batched, tokens/s", "ratio",
+            "model", "tokens per piece", "one at a time, tokens/s", "batched, tokens/s", "ratio",
             "difference in NLL",
         ],
         rows=rows,

@@ -48,7 +48,7 @@ _SIZES = {
     "num_key_value_heads": 16,
     "vocab_size": 32064,
 }
-_GIGABIT = 125e6  # bytes a second
+_GIGABIT = 125e6  # bytes per second
 
 
 def write_checkpoint(directory: Path) -> None:
@@ -121,7 +121,7 @@ def plain_download(url: str, names: list[str], work: Path) -> None:
 
 
 def serve(checkpoint: Path, rate: float, pipe: Connection) -> None:
-    """A hub with these files, at so many bytes a second, until the other side hangs up."""
+    """A hub with these files, at so many bytes per second, until the other side hangs up."""
     files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     with HubServer(files) as server:
         for name in files:

@@ -1,4 +1,4 @@
-"""Decoding, prefill and quality beside llama.cpp: the same weights, the same threads.
+"""Decoding, prefill and quality compared with llama.cpp: the same weights, the same threads.
 
     python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36
     python benchmarks/llama_cpp.py CHECKPOINT ONNX --llama-python /tmp/llama/bin/python --work W
@@ -136,7 +136,7 @@ def write_gguf(checkpoint: Path, file: Path) -> int:
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory: the best of several sums."""
+    """Bytes per second that so many threads read from memory: the best of several sums."""
     blocks = [np.ones(2**28 // threads, dtype=np.float64) for _ in range(threads)]
     size = sum(block.nbytes for block in blocks)
     best = 0.0
@@ -237,8 +237,8 @@ def main() -> None:
         )  # fmt: skip
     write_result(
         args.name,
-        f"Beside llama.cpp: {args.title}, {args.threads} threads",
-        ["engine", "weights read a token (MB)", "decode, tokens/s", "times llama.cpp",
+        f"Compared with llama.cpp: {args.title}, {args.threads} threads",
+        ["engine", "weights read per token (MB)", "decode, tokens/s", "times llama.cpp",
          "share of the bandwidth", "prefill, tokens/s", *(("KL", "top-1") if qualities else ())],
         table,
         notes=f"The same weights in both. Prompt of {args.prompt} tokens, then {args.answer} more "

@@ -1,4 +1,4 @@
-"""Rows a second: `score` on this machine and on Spark beside `predict` row by row.
+"""Rows per second: `score` on this machine and on Spark, compared with `predict` row by row.
 
     python benchmarks/score_throughput.py --onnx ONNX_FOLDER
     python benchmarks/score_throughput.py --onnx ONNX_FOLDER --rows 96 --no-spark
@@ -185,7 +185,7 @@ def report(ways: list[Measured], wanted: argparse.Namespace, rounds: int) -> Non
         rows.append([way.name, wanted.rows / way.seconds, base.seconds / way.seconds, same])
     write_result(
         "score_throughput",
-        "Scoring a file beside `predict` row by row",
+        "Scoring a file, compared with `predict` row by row",
         ["way", "rows/s", "ratio", "same texts"],
         rows,
         notes=f"{wanted.rows} rows with a system prompt in common, up to {wanted.max_tokens} new "

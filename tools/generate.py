@@ -19,6 +19,7 @@ and NAME is one of
 - ``manuals``: what the entry points say of themselves, a section each
 - ``parameters``: every parameter with its default, its meaning and the entry points that take it
 - ``profiles``: the profiles in configs/
+- ``profile-keys``: every key of a profile, from the models that check it
 - ``headlines``: the figures that tools/headlines.py picks out of benchmarks/results
 - ``benchmark:FILE``: benchmarks/results/FILE.json, as benchmarks/_result.py writes it
 """
@@ -40,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 from _result import format_table  # noqa: E402  (benchmarks/ and tools/ are no packages)
 from headlines import headlines_table  # noqa: E402
+from profile_keys import profile_keys_table  # noqa: E402
 
 BEGIN = re.compile(r"^<!-- BEGIN generated: (\S+) -->$")
 END = "<!-- END generated: {} -->"
@@ -208,6 +210,8 @@ def block(name: str, root: Path) -> str:
         return parameters_table(root)
     if name == "profiles":
         return profiles_table(root)
+    if name == "profile-keys":
+        return profile_keys_table()
     results = root / "benchmarks" / "results"
     if name == "headlines":
         try:
@@ -218,7 +222,7 @@ def block(name: str, root: Path) -> str:
         return benchmark_table(results / f"{argument}.json")
     raise DocumentError(
         f"unknown block {name}; there are steps, entry-points, manuals, parameters, profiles, "
-        "headlines and benchmark:FILE"
+        "profile-keys, headlines and benchmark:FILE"
     )
 
 

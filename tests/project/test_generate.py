@@ -70,9 +70,19 @@ def test_the_documents_are_up_to_date(tables, capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_the_readme_shows_the_entry_points_and_profiles(root):
-    text = (root / "README.md").read_text(encoding="utf-8")
-    for block in ("entry-points", "parameters", "profiles"):
+@pytest.mark.parametrize(
+    ("document", "blocks"),
+    [
+        ("README.md", ("steps", "headlines")),
+        (
+            "docs/reference.md",
+            ("entry-points", "parameters", "profiles", "profile-keys", "manuals"),
+        ),
+    ],
+)
+def test_the_documents_show_the_entry_points_and_profiles(root, document, blocks):
+    text = (root / document).read_text(encoding="utf-8")
+    for block in blocks:
         assert f"<!-- BEGIN generated: {block} -->" in text
 
 
