@@ -22,14 +22,16 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest, walk_files
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 _KEY_LENGTH = 40
 _MEANS_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
@@ -89,6 +91,7 @@ class StepCache:
 
     @property
     def downloads(self) -> Path:
+        """Where partial downloads lie."""
         return self.root / "downloads"
 
     def find(self, step: str, key: str) -> Entry | None:
@@ -223,7 +226,8 @@ class StepCache:
         The caller holds the lock. When the block raises, nothing is left behind.
 
         Args:
-            step, key: whose output it is.
+            step: whose output it is.
+            key: of the output.
             origin: what to write down beside it; the caller may add to it inside the block.
 
         Raises:

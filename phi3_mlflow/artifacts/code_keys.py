@@ -11,13 +11,16 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.core.shipped import PACKAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 SOURCE = PACKAGE.parent
 """The folder that holds the package."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from phi3_mlflow.artifacts.cache import Entry
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import Entry
 
 T_co = TypeVar("T_co", covariant=True)
 

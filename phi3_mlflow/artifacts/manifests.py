@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20
@@ -42,6 +45,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
+        """The size of all files together."""
         return sum(f.size for f in self.files)
 
     def sha256_of(self, path: str) -> str | None:
@@ -49,6 +53,7 @@ class Manifest:
         return next((f.sha256 for f in self.files if f.path == path), None)
 
     def to_json(self) -> str:
+        """The text of `manifest.json`."""
         files = [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in self.files]
         content = {"digest": self.digest, "total_bytes": self.total_bytes, "files": files}
         return json.dumps(content, indent=2) + "\n"
@@ -85,6 +90,7 @@ class Manifest:
         return cls(files)
 
     def write(self, directory: Path) -> None:
+        """Write `manifest.json` into a directory."""
         (directory / MANIFEST_NAME).write_text(self.to_json(), "utf-8")
 
     def differences(self, directory: Path, *, hashes: bool = True) -> list[str]:

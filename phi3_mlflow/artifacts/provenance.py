@@ -7,11 +7,13 @@ paths), so that equal work gives equal bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.manifests import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 PROVENANCE_NAME = "provenance.json"
 
@@ -37,5 +39,6 @@ def read_provenance(directory: Path) -> dict[str, Any]:
 
 
 def write_provenance(directory: Path, content: Mapping[str, Any]) -> None:
+    """Write the provenance of an output."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / PROVENANCE_NAME).write_text(text, "utf-8")

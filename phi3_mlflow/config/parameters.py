@@ -7,14 +7,17 @@ here, and `auto` stands for "as the profile says" or "what the preceding step le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from phi3_mlflow.config.loading import find_profile, load_profile
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError, problem_list
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.config.profile import Profile
 
 AUTO = "auto"
 
@@ -41,6 +44,7 @@ class Parameter:
 
     @property
     def option(self) -> str:
+        """The script's option."""
         return "--" + self.name.replace("_", "-")
 
 

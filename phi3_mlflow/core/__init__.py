@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, console, progress, the machine, git."""

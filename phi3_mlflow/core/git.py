@@ -7,9 +7,12 @@ import os
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.shipped import checkout
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 UNKNOWN = "unknown"
 DIRTY = "-dirty"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phi3_mlflow.core.console import is_quiet, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LINE_EVERY_SECONDS = 5.0
 

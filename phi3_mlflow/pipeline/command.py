@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from phi3_mlflow.config.parameters import Request
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.config.parameters import Request
 
 
 class Command(ABC):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -22,7 +20,12 @@ from phi3_mlflow.core.errors import (
     EXIT_GATE,
     ProjectError,
 )
-from phi3_mlflow.pipeline.command import Command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import FrameType
+
+    from phi3_mlflow.pipeline.command import Command
 
 
 def click_command(command: Command) -> click.Command:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
-from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.pipeline.runner import for_step
 from phi3_mlflow.pipeline.sequence import Part, follow, needed
 from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, find_hit, plan
+
+if TYPE_CHECKING:
+    from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.config.profile import Profile
 
 
 class Unknown(Exception):
@@ -35,6 +37,7 @@ class Forecast:
     foreseen: str | None = None
 
     def line(self) -> str:
+        """What a person reads of it."""
         if self.reason is None:
             return f"  {self.step:<9} nothing to do, in the cache"
         return f"  {self.step:<9} would run: {self.reason}{self._foreseen}{cost(self.last)}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.pipeline.step import slot
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.config.parameters import Request
 
 CHECKPOINT = "a Hugging Face checkpoint"
 ONNX = "an ONNX model that onnxruntime-genai opens"
@@ -21,7 +24,8 @@ def folder_input(
     """The folder that was handed over, that a parameter names, or that the step before left.
 
     Args:
-        request, cache: where to look.
+        request: says what was handed over or named, and for which profile.
+        cache: where the outputs of earlier steps are.
         name: the parameter.
         made_by: the step that makes such a folder.
         expected: what it has to be, for the message.
@@ -64,7 +68,8 @@ def preceding_output(
     """What the step before last left for the profile.
 
     Args:
-        request, cache: where to look.
+        request: says what was handed over or named, and for which profile.
+        cache: where the outputs of earlier steps are.
         name: the parameter that wants it, for the message.
         step: the step that makes it.
         in_mlflow: whether that step's output lives in a tracking store.

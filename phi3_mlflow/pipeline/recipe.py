@@ -7,18 +7,21 @@ files of the artifact, and the versions of the libraries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.artifacts.manifests import FileEntry, Manifest
 from phi3_mlflow.artifacts.provenance import content_manifest, read_provenance
 from phi3_mlflow.config.loading import CALIBRATION
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.config.profile import Profile
 
 METADATA_KEY = "recipe"
 MADE_BY = ("fetch", "quantize", "export")

@@ -10,9 +10,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -22,7 +22,11 @@ from phi3_mlflow.artifacts.provenance import content_manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError
 from phi3_mlflow.core.git import DIRTY, Origin, git
 from phi3_mlflow.core.shipped import PACKAGE, shipped
-from phi3_mlflow.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from phi3_mlflow.pipeline.recipe import Recipe
 
 _CALIBRATION = "calibration.jsonl"  # the project's own, in whatever commit
 

@@ -10,21 +10,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EXIT_DONE, EnvironmentProblem, StepFailed
 from phi3_mlflow.pipeline.command_line import guarded
 from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, carry_out, find_hit, plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from multiprocessing.context import BaseContext
+
+    from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.config.profile import Profile
 
 
 class Pipeline(AbstractContextManager["Pipeline"]):

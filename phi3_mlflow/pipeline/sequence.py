@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from phi3_mlflow.config.profile import Profile
-from phi3_mlflow.pipeline.step import Outcome, Rec, Step
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.config.profile import Profile
+    from phi3_mlflow.pipeline.step import Outcome, Rec, Step
 
 
 class Done:

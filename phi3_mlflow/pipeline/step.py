@@ -11,18 +11,21 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import Closure, closure, library_versions
-from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.artifacts.records import Record
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.runs import StepRun, step_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phi3_mlflow.artifacts.inputs import Input
+    from phi3_mlflow.config.parameters import Request
 
 In = TypeVar("In")
 Rec = TypeVar("Rec", bound=Record)

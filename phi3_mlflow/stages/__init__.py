@@ -1,0 +1,1 @@
+"""The steps themselves, the other entry points, and the sequence that `main` follows."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.config.parameters import AUTO, Request
@@ -25,6 +25,9 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.pipeline.command import Command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _SECONDS = {"h": 3600, "d": 86400, "w": 604800}
 _BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -91,6 +94,7 @@ def _read(
 
 
 def line(entry: Entry) -> str:
+    """What a person reads of an output."""
     days = (time.time() - entry.used_at) / 86400
     size = entry.manifest.total_bytes / 1e6
     return f"  {entry.step:<9} {entry.key}  {size:>9.1f} MB  unused for {days:.1f} days"
@@ -148,6 +152,7 @@ def prune(
 
 
 def remove(cache: StepCache, entries: Iterable[Entry]) -> list[Entry]:
+    """Remove outputs that nobody uses; gives those that are gone."""
     removed = []
     for entry in entries:
         if cache.remove(entry):
@@ -159,6 +164,7 @@ def remove(cache: StepCache, entries: Iterable[Entry]) -> list[Entry]:
 
 
 def megabytes(entries: Iterable[Entry]) -> float:
+    """The size of some outputs together, in MB."""
     return round(sum(entry.manifest.total_bytes for entry in entries) / 1e6, 1)
 
 

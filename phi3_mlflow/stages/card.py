@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.evaluation.metrics import headline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.config.profile import Profile
 
 _ALGORITHMS = {
     "none": "none: the weights are as published",

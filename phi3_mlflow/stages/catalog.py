@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.stages import (
     cache,
     evaluate,
@@ -20,6 +19,11 @@ from phi3_mlflow.stages import (
     search,
     serve,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.pipeline.command import Command
 
 COMMANDS: Mapping[str, Command] = {
     command.name: command

@@ -12,13 +12,11 @@ figures, every answer, the verdict as JSON and JUnit XML, and report.html, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.config.parameters import AUTO, Request
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.metrics import HEADLINE
@@ -31,6 +29,12 @@ from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, Regis
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.config.profile import Profile
 
 Versions = tuple[VersionName, ...]
 

@@ -11,16 +11,19 @@ profile, and the model is loaded and asked for a token before it counts as done.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.artifacts.inputs import Folder
+    from phi3_mlflow.config.parameters import Request
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ the hashes that the source and the profile state, and a checkpoint that could ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.core.progress import show_progress
@@ -27,6 +26,11 @@ from phi3_mlflow.pipeline.step import (
     step_parameters,
 )
 from phi3_mlflow.sources.spec import HubSource, SourceSpec, parse_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.config.parameters import Request
 
 REVISION = "source_revision"
 """What `main` hands over: the commit that a branch was at when it began."""

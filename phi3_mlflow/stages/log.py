@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.code_keys import modules_in
-from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, ONNX, folder_input
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
@@ -29,6 +25,13 @@ from phi3_mlflow.stages.records import LoggedModel, LoggedModels
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlflow.models.model import ModelInfo
+
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.artifacts.inputs import Folder
+    from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.flavors.bundle import Flavor
 
 
@@ -142,7 +145,8 @@ def find_logged(work: Work[LogInputs], flavor: str) -> str | None:
     return found
 
 
-def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> Any:
+def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> ModelInfo:
+    """Log the ONNX flavor."""
     from phi3_mlflow.flavors.bundle import requirements
     from phi3_mlflow.flavors.onnx import log_onnx
 
@@ -160,7 +164,10 @@ def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str])
     )
 
 
-def log_transformers_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> Any:
+def log_transformers_model(
+    work: Work[LogInputs], directory: Path, tags: dict[str, str]
+) -> ModelInfo:
+    """Log the transformers flavor."""
     from phi3_mlflow.flavors.bundle import requirements
     from phi3_mlflow.flavors.transformers import log_transformers
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.config.loading import find_profile, profile_names
 from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.git import origin
@@ -34,6 +33,11 @@ from phi3_mlflow.stages.evaluate import headline_metrics
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 from phi3_mlflow.tracking.runs import step_run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.config.profile import Profile
 
 FETCH, SEARCH, QUANTIZE, EXPORT = fetch.STEP, search.STEP, quantize.STEP, export.STEP
 LOG, REGISTER, EVALUATE, PROMOTE = log.STEP, register.STEP, evaluate.STEP, promote.STEP

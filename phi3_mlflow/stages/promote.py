@@ -11,16 +11,19 @@ that the version is not shown to match.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.inputs import Input
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.records import PromotionRecord
 from phi3_mlflow.tracking import promotion, registry
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.config.parameters import Request
 
 
 @dataclass(frozen=True)

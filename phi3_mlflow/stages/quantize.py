@@ -10,13 +10,10 @@ in Hugging Face's layout (GPTQ format), and the same checkpoint and settings giv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
@@ -24,6 +21,11 @@ from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.artifacts.inputs import Folder
+    from phi3_mlflow.config.parameters import Request
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ logged model. The same logged model again makes no second version.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.inputs import Input
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.pipeline.inputs import preceding_output
@@ -27,6 +26,10 @@ from phi3_mlflow.stages.records import (
 )
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.config.parameters import Request
 
 
 @dataclass(frozen=True)

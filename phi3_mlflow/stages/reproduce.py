@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.inputs import Input
-from phi3_mlflow.artifacts.manifests import Manifest
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import NotReproduced, UserError
 from phi3_mlflow.core.git import UNKNOWN, origin
@@ -33,8 +31,13 @@ from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.records import ReproductionRecord
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import tracking_identity
-from phi3_mlflow.tracking.registry import VersionName
 from phi3_mlflow.tracking.runs import close_child, open_child
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.artifacts.manifests import Manifest
+    from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.tracking.registry import VersionName
 
 _SHOWN = 5  # differing files
 

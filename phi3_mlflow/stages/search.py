@@ -12,23 +12,25 @@ the next step takes. Nothing is measured twice.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.artifacts.inputs import Folder
 from phi3_mlflow.config.parameters import Request
-from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.evaluation.items import HeldoutText
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.runner import Pipeline
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.search import CandidateMetrics, Ranked, search
-from phi3_mlflow.quantization.settings import QuantizationSettings
 from phi3_mlflow.stages import export, quantize
 from phi3_mlflow.stages.records import CandidateRecord, SearchRecord
+
+if TYPE_CHECKING:
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.artifacts.inputs import Folder
+    from phi3_mlflow.config.profile import Profile
+    from phi3_mlflow.evaluation.items import HeldoutText
+    from phi3_mlflow.quantization.settings import QuantizationSettings
 
 
 @dataclass(frozen=True)

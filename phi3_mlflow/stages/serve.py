@@ -1,8 +1,8 @@
-"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat page.
+r"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat page.
 
     mlflow run . -e serve -P profile=smollm2-135m
     python -m steps.serve --model-uri models:/smollm2-135m@champion --port 8000
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 
 Serves the version that the alias `champion` of the profile's registered model points to, and takes
@@ -14,12 +14,15 @@ that are under way. docs/serving.md has the rest.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from phi3_mlflow.config.parameters import Request
 
 
 class Serve(Command):

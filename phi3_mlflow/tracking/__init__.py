@@ -1,0 +1,1 @@
+"""MLflow: the tracking store, runs, the registry, and moving the alias `champion`."""

@@ -20,8 +20,10 @@ def tracking_uri() -> str:
 
 
 def tracking_identity() -> str:
-    """What tells one tracking store from another: its URI, a relative file made absolute, without
-    user name and password."""
+    """What tells one tracking store from another.
+
+    Its URI, a relative file made absolute, without user name and password.
+    """
     uri = tracking_uri()
     prefix = "sqlite:///"
     if uri.startswith(prefix):

@@ -7,10 +7,10 @@ import random
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -29,6 +29,9 @@ from phi3_mlflow.tracking.registry import (
     same_content,
     set_tags,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 CLAIM = "promotion_claim"
 _CLAIM_SECONDS = 30  # a move takes well under a second

@@ -7,7 +7,6 @@ A version is never changed after it was registered but for its tags and descript
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,8 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.tracking.connection import connect
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
@@ -47,10 +48,12 @@ class VersionName:
 
     @property
     def uri(self) -> str:
+        """How MLflow names it."""
         return f"models:/{self.name}/{self.version}"
 
 
 def client() -> MlflowClient:
+    """MLflow's client, connected."""
     from mlflow import MlflowClient
 
     connect()
@@ -101,6 +104,7 @@ def alias_of(name: str, alias: str) -> str | None:
 
 
 def exists(version: VersionName) -> bool:
+    """Whether the registry has a version."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -113,6 +117,7 @@ def exists(version: VersionName) -> bool:
 
 
 def describe(version: VersionName) -> ModelVersion:
+    """What the registry knows of a version."""
     return client().get_model_version(version.name, version.version)
 
 

@@ -8,11 +8,8 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.cache import Entry
-from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.git import origin
@@ -20,10 +17,15 @@ from phi3_mlflow.core.meter import ResourceMeter
 from phi3_mlflow.tracking.connection import connect
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlflow
     from matplotlib.figure import Figure
     from mlflow.entities import Run
     from pydantic import BaseModel
+
+    from phi3_mlflow.artifacts.cache import Entry
+    from phi3_mlflow.artifacts.inputs import Input
 
 
 _LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
