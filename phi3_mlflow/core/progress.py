@@ -102,6 +102,7 @@ class _Lines:
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
         self._count = 0
+        self._said: int | None = None
         self._start = self._last = time.monotonic()
 
     def advance(self, amount: int) -> None:
@@ -112,9 +113,11 @@ class _Lines:
             self._print(now)
 
     def done(self) -> None:
-        self._print(time.monotonic())
+        if self._said != self._count:
+            self._print(time.monotonic())
 
     def _print(self, now: float) -> None:
+        self._said = self._count
         elapsed = now - self._start
         amount = self._amount()
         share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
