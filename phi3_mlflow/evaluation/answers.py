@@ -83,7 +83,7 @@ class Answers:
         """
         asked = [a for a in self.answers if not a.category.startswith(NEEDLE)]
         needles = [a for a in self.answers if a.category.startswith(NEEDLE)]
-        # One token is no speed: it is all waiting for the prompt.
+        # One token does not tell a speed: it is all waiting for the prompt.
         rates = [a.rate for a in asked if a.completion_tokens > 1]
         first = [a.first_seconds for a in asked if a.first_seconds is not None]
         metrics = {

@@ -40,7 +40,7 @@ class Evaluator:
     Attributes:
         facts: what the report says of the model.
         settings: how it is measured.
-        gate: what it has to keep to.
+        gate: what it has to meet.
         reference: the full-precision checkpoint.
         reference_digest: of that checkpoint, as hex.
         sets: what it is measured on.

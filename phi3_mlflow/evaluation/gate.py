@@ -2,7 +2,7 @@
 
 Two questions, decided apart:
 
-- Thresholds: does the version keep to the bounds that the profile sets, whatever else there is?
+- Thresholds: is the version within the bounds that the profile sets, whatever else there is?
 - The champion: on the same items, does anything show that the version is worse by more than the
   profile allows? Does anything show that it is better?
 
@@ -70,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All checks of one version.
+    """What the gate says of one version.
 
     Attributes:
         checks: the thresholds.
@@ -86,7 +86,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Nothing speaks against the version."""
+        """Whether nothing speaks against the version."""
         return all(c.passed for c in self.checks) and all(
             c.state != "worse" for c in self.comparisons
         )
@@ -117,12 +117,13 @@ class Verdict:
         if self.note:
             return self.note
         if self.against is None:
-            return "all thresholds are kept, and there was no champion"
+            return "all thresholds are met, and there was no champion"
         better = [label(c.metric) for c in self.comparisons if c.state == "better"]
         if better:
-            return f"better than the champion in: {', '.join(better)}; worse in nothing that counts"
+            names = ", ".join(better)
+            return f"better than the champion in: {names}; not worse in anything that counts"
         if self.decision == "promote":
-            return "all thresholds are kept, and it is not worse than the champion"
+            return "all thresholds are met, and it is not worse than the champion"
         return "nothing shows that it is better than the champion, or as good; measure more to tell"
 
     def to_dict(self) -> dict[str, Any]:

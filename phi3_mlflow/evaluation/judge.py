@@ -118,12 +118,12 @@ def _guarded(name: str, judge: Any, expects: bool = False) -> Scorer:
 def judged(judge: JudgeSettings | None, results: pandas.DataFrame) -> dict[str, float]:
     """The share of answers that each judge says yes to.
 
-    A judge that failed on an answer gives no figure: a share of the rest would be of other
-    questions each time. A threshold on it is then not kept.
+    A judge that failed on an answer gives no metric: a share of the rest would be of other
+    questions each time. A threshold on it is then not met.
 
     Args:
         judge: as the profile has it.
-        results: what `mlflow.genai.evaluate` gives, a row an answer.
+        results: what `mlflow.genai.evaluate` gives, one row per answer.
     """
     metrics = {}
     for name in judge.metrics if judge else ():
@@ -132,7 +132,7 @@ def judged(judge: JudgeSettings | None, results: pandas.DataFrame) -> dict[str, 
         if len(values) < len(results):
             console.say(
                 f"  {name}: the judge failed on {len(results) - len(values)} of {len(results)} "
-                "answers, so there is no figure; the traces of the run say why"
+                "answers, so there is no metric; the traces of the run say why"
             )
             continue
         metrics[name] = sum(_yes(value) for value in values) / len(values)

@@ -13,7 +13,7 @@ _NOT_XML = re.compile(r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def junit_xml(name: str, verdict: Verdict) -> str:
-    """A test suite with a test case a threshold and one a comparison.
+    """A test suite with one test case per threshold and one per comparison.
 
     Args:
         name: of the version.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.machine import usable_cores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class LogitSource(Protocol):
         """What comes next, at every place.
 
         Args:
-            tokens: (B, S) int32 ids, each row a text of its own, padded on the right at will.
+            tokens: (B, S) int32 ids, one text per row, padded on the right at will.
 
         Returns:
             (B, S, vocabulary) float32.
@@ -39,8 +40,7 @@ class OnnxLogits:
         import onnxruntime_genai as og
 
         config = og.Config(str(directory))
-        threads = os.cpu_count() or 1
-        options = {"intra_op_num_threads": threads}
+        options = {"intra_op_num_threads": usable_cores()}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og = og
         self._model = og.Model(config)

@@ -10,7 +10,7 @@ from phi3_mlflow.core.section import Section
 
 
 class JudgeSettings(Section):
-    """A model that gives its opinion of the answers; its key comes from the environment."""
+    """A model that judges the answers; its key comes from the environment."""
 
     model: str = Field(
         pattern=r"^[a-z][a-z0-9_.-]*:/[^/].*$",
@@ -51,7 +51,7 @@ class EvaluationSettings(Section):
 
 
 class Bound(Section):
-    """What a metric must keep to."""
+    """The bounds that a metric must stay within."""
 
     min: float | None = None
     max: float | None = None
@@ -99,7 +99,7 @@ def _default_margins() -> dict[str, Margin]:
 
 
 class GateSettings(Section):
-    """What a version must keep to before the alias `champion` moves to it."""
+    """What a version must meet before the alias `champion` moves to it."""
 
     thresholds: dict[str, Bound] = Field(
         default_factory=dict, description="bounds that hold whatever the champion is like"

@@ -8,6 +8,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.core.machine import usable_cores
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,18 +22,18 @@ def decode_speed(onnx: Path, *, threads: int = 0, tokens: int = 64, runs: int = 
     Args:
         onnx: the folder with genai_config.json.
         threads: 0 takes every core.
-        tokens: how many are made in a run; the first is not timed, because it is the prompt's.
+        tokens: how many are generated per run; the first is not timed, because it is the prompt's.
         runs: how many; the median counts.
 
     Returns:
-        Tokens a second.
+        Tokens per second.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import numpy as np
     import onnxruntime_genai as og
 
     config = og.Config(str(onnx))
-    options = {"intra_op_num_threads": threads or os.cpu_count() or 1}
+    options = {"intra_op_num_threads": threads or usable_cores()}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     model = og.Model(config)
     about = json.loads((onnx / "genai_config.json").read_text(encoding="utf-8"))["model"]

@@ -1,4 +1,4 @@
-"""The journal beside the output: what is done already, whatever happens to the process.
+"""The journal next to the output: what is done already, whatever happens to the process.
 
 A journal is a text file that is only appended to. Each line is a checksum (CRC-32 of the rest, in
 hex), a space and JSON: first the header, which says what the results depend on, then one line per
@@ -107,7 +107,7 @@ class Journal:
             # Nothing, or the torn first line of a process that was killed at once.
             if self._file.seek(0, os.SEEK_END) and not self._torn_header():
                 raise UserError(
-                    f"{self.path} is there and is no journal of scoring; name another output"
+                    f"{self.path} exists and is not a journal of scoring; name another output"
                 )
             self._file.truncate(0)
             self._write(header)

@@ -47,7 +47,7 @@ def test_without_thresholds_everything_passes() -> None:
     assert check_thresholds({"accuracy": 0.0}, {}).passed
 
 
-# --- beside the champion ----------------------------------------------------------------------
+# --- compared with the champion ---------------------------------------------------------------
 
 MARGINS = {"accuracy": Margin(by=0.05), "kl_mean": Margin(percent=10)}
 HALF = [i % 2 == 0 for i in range(200)]

@@ -111,6 +111,6 @@ def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
 def test_a_file_that_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "j"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is no journal of scoring"):
+    with pytest.raises(UserError, match="is not a journal of scoring"):
         Journal(path, HEADER, 3)
     assert path.read_bytes() == content
