@@ -5,7 +5,10 @@ The shapes are those of `transformers.models.phi3.modeling_phi3`.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ARCHITECTURE = "Phi3ForCausalLM"
 MODEL_TYPE = "phi3"
@@ -23,7 +26,7 @@ _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def config_problems(config: dict[str, Any]) -> list[str]:
+def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Everything that makes a configuration unusable, one line each; empty when it is sound."""
     problems = _architecture_problems(config)
     sizes = _size_problems(config)
@@ -44,7 +47,7 @@ def config_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def expected_shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def expected_shapes(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """The tensors of a sound configuration.
 
     Args:
@@ -75,14 +78,14 @@ def expected_shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]],
     return shapes, ({"lm_head.weight"} if config.get("tie_word_embeddings", False) else set())
 
 
-def head_size(config: dict[str, Any]) -> int:
+def head_size(config: Mapping[str, Any]) -> int:
     """Elements of one attention head."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def key_value_heads(config: dict[str, Any]) -> int:
+def key_value_heads(config: Mapping[str, Any]) -> int:
     """Heads of keys and values; as many as of queries when the configuration does not say."""
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def is_count(value: Any) -> TypeGuard[int]:
@@ -90,7 +93,7 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _architecture_problems(config: dict[str, Any]) -> list[str]:
+def _architecture_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if config.get("architectures") != [ARCHITECTURE]:
         problems.append(
@@ -105,7 +108,7 @@ def _architecture_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _size_problems(config: dict[str, Any]) -> list[str]:
+def _size_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, largest in _LARGEST.items():
         value = config.get(key)
@@ -119,7 +122,7 @@ def _size_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _relation_problems(config: dict[str, Any]) -> list[str]:
+def _relation_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("head_dim") is None and hidden % heads:
@@ -134,7 +137,7 @@ def _relation_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _token_problems(config: dict[str, Any]) -> list[str]:
+def _token_problems(config: Mapping[str, Any]) -> list[str]:
     """Token ids that the embedding has no row for."""
     problems = []
     for key in _TOKEN_IDS:
@@ -148,7 +151,7 @@ def _token_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _rope_problems(config: dict[str, Any]) -> list[str]:
+def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     """Rotary scaling whose factors are not one for every pair of rotated elements."""
     scaling = config.get("rope_scaling")
     if scaling is None:

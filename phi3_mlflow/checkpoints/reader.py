@@ -7,15 +7,16 @@ and a checkpoint is larger than what the small machine has.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints.safetensors_header import read_header
 from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     import torch
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -8,10 +8,13 @@ part of transformers, so no checkpoint of it needs any.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import CheckpointRefused, problem_list
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 CONFIGURATIONS = (
     "config.json",
@@ -46,7 +49,7 @@ def _leads_to_code(key: str, value: Any) -> bool:
     return key.endswith("_implementation") and "/" in json.dumps(value)
 
 
-def refuse_remote_code(configurations: dict[str, Any]) -> None:
+def refuse_remote_code(configurations: Mapping[str, Any]) -> None:
     """Raise CheckpointRefused when any configuration, by file name, leads to code."""
     problems = remote_code_problems(configurations)
     if problems:
@@ -60,7 +63,7 @@ def refuse_remote_code(configurations: dict[str, Any]) -> None:
         )
 
 
-def remote_code_problems(configurations: dict[str, Any]) -> list[str]:
+def remote_code_problems(configurations: Mapping[str, Any]) -> list[str]:
     """One line for every reference to code."""
     return [
         f"{file}: {place}"

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 from math import prod
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi3_mlflow.core.errors import CheckpointRefused, problem_list
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation

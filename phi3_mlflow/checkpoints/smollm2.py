@@ -10,13 +10,16 @@ GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     import numpy as np
+    import numpy.typing as npt
     from gguf import GGUFReader
 
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
@@ -100,7 +103,7 @@ def _config(reader: GGUFReader) -> dict[str, Any]:
     }
 
 
-def _write_weights(reader: GGUFReader, file: Path, config: dict[str, Any]) -> None:
+def _write_weights(reader: GGUFReader, file: Path, config: Mapping[str, Any]) -> None:
     """Dequantize every tensor to float32 and store it under Phi-3's name."""
     import numpy as np
     from gguf.quants import dequantize
@@ -108,7 +111,7 @@ def _write_weights(reader: GGUFReader, file: Path, config: dict[str, Any]) -> No
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
 
-    def load(name: str, heads: int = 0) -> np.ndarray:
+    def load(name: str, heads: int = 0) -> npt.NDArray[np.float32]:
         if name not in stored:
             raise CheckpointRefused(f"the GGUF file has no tensor {name!r}")
         tensor = stored[name]
@@ -141,7 +144,7 @@ def _write_weights(reader: GGUFReader, file: Path, config: dict[str, Any]) -> No
     save_file(tensors, str(file), metadata={"format": "pt"})
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+def _unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
     """Undo llama.cpp's reordering of the rotary rows of a q or k projection.
 
     llama.cpp interleaves the two halves of every head (its rotary embedding turns neighbouring
@@ -163,7 +166,7 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def _write_tokenizer(reader: GGUFReader, out: Path, config: dict[str, Any]) -> None:
+def _write_tokenizer(reader: GGUFReader, out: Path, config: Mapping[str, Any]) -> None:
     """Build the byte-level BPE from the vocabulary and merges; both runtimes read it alike.
 
     transformers' own GGUF conversion yields a tokenizer class that onnxruntime-genai reads wrongly.
@@ -224,5 +227,5 @@ def _write_tokenizer(reader: GGUFReader, out: Path, config: dict[str, Any]) -> N
     )
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

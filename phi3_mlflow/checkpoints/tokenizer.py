@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints.configuration import is_count
 from phi3_mlflow.checkpoints.layout import parse_json
 from phi3_mlflow.core.errors import CheckpointRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 TOKENIZER = "tokenizer.json"
 # Embeddings are padded to round sizes; beyond that the tokenizer belongs to another model.
 _ROWS_WITHOUT_TOKEN = 4096
 
 
-def tokenizer_problems(directory: Path, config: dict[str, Any]) -> list[str]:
+def tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> list[str]:
     """What does not fit between the tokenizer of a checkpoint and its embedding.
 
     Args:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.configuration import ARCHITECTURE, config_problems, expected_shapes
@@ -21,6 +21,9 @@ from phi3_mlflow.checkpoints.remote_code import CONFIGURATIONS, remote_code_prob
 from phi3_mlflow.checkpoints.safetensors_header import TensorEntry, read_header
 from phi3_mlflow.checkpoints.tokenizer import tokenizer_problems, vocabulary_size
 from phi3_mlflow.core.errors import CheckpointRefused, problem_list
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 _MOST_PROBLEMS = 30
@@ -44,7 +47,7 @@ class CheckpointInfo:
 
     directory: Path
     architecture: str
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     dtypes: dict[str, int]
     parameters: int
     nbytes: int
@@ -195,7 +198,7 @@ def _index_problems(
 
 
 def _tensor_problems(
-    config: dict[str, Any], tensors: dict[str, tuple[str, TensorEntry]]
+    config: Mapping[str, Any], tensors: dict[str, tuple[str, TensorEntry]]
 ) -> list[str]:
     """Tensors that are missing, too many, of another shape or no floats."""
     if not tensors:

@@ -9,16 +9,17 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedWriter
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from phi3_mlflow.checkpoints.reader import INDEX_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from io import BufferedWriter
+    from pathlib import Path
+    from types import TracebackType
+
     import torch
 
 SHARD_BYTES = 4_000_000_000

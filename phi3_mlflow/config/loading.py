@@ -7,9 +7,8 @@ before any work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,6 +17,9 @@ from phi3_mlflow.config.problems import SEARCH, described
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.core.shipped import shipped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 PROFILE_DIRECTORY = shipped("configs")
 CALIBRATION = shipped("data") / "calibration.jsonl"

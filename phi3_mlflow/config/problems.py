@@ -9,13 +9,15 @@ import difflib
 import types
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails
 
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.quantization.settings import ALGORITHMS
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 SEARCH = "search"
 """What `quantization.algorithm` may say besides the algorithms."""

@@ -9,15 +9,21 @@ file is written. What is overridden is the least that this takes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnxruntime_genai.models.builders.phi import Phi3MiniLongRoPEModel, Phi3MiniModel
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
-from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.genai.embedding import quantized_embedding
 from phi3_mlflow.genai.lazy import LazyArray, LazyWeights
+from phi3_mlflow.quantization.plan import EMBEDDING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
+    from phi3_mlflow.core.progress import Progress
+    from phi3_mlflow.quantization.stored import StoredQuantization
 
 _TYPES = {
     "float32": ir.DataType.FLOAT,
@@ -31,19 +37,20 @@ class _Streaming:
 
     # Set by `streaming_builder`.
     reader: CheckpointReader
-    checkpoint_config: dict[str, Any]
+    checkpoint_config: Mapping[str, Any]
+    stored: StoredQuantization | None
     progress: Progress
-    embedding_bits: int
 
     def load_weights(self: Any, input_path: str) -> LazyWeights:
         """Lay out the weights without reading them."""
         del input_path
-        return LazyWeights(self.reader, self.checkpoint_config, self.q_size)
+        return LazyWeights(self.reader, self.checkpoint_config, self.stored, self.q_size)
 
     def make_initializer(self: Any, tensor: Any, /, name: str, **kwargs: Any) -> None:
         """Register a lazy array as an initializer that is read when it is written."""
         if not isinstance(tensor, LazyArray):
-            super().make_initializer(tensor, name, **kwargs)  # type: ignore[misc]
+            stock: Any = super()
+            stock.make_initializer(tensor, name, **kwargs)
             return
         kind = _TYPES[tensor.kind]
         wanted = kwargs.get("to") or kind
@@ -64,16 +71,17 @@ class _Streaming:
     ) -> str:
         """Phi-3 stores q, k and v as one matrix: use it as it is."""
         del k, v
-        return self.make_matmul(q, basename, root_input, **kwargs)
+        output: str = self.make_matmul(q, basename, root_input, **kwargs)
+        return output
 
     def make_embedding_lookup(self: Any, embedding: Any, basename: str, lm_head: Any) -> str:
         """A quantized embedding of its own, where the config asks for one."""
-        if not self.embedding_bits or self.tied_quantized_embeddings:
-            return super().make_embedding_lookup(embedding, basename, lm_head)  # type: ignore[misc]
-        block_size = self.checkpoint_config["quantization_config"]["group_size"]
-        parts = quantized_embedding(
-            self.reader, "model.embed_tokens.weight", self.embedding_bits, block_size
-        )
+        stored: StoredQuantization | None = self.stored
+        if stored is None or not stored.embedding_bits or stored.shared_embedding:
+            stock: Any = super()
+            return str(stock.make_embedding_lookup(embedding, basename, lm_head))
+        bits, block_size = stored.embedding_bits, stored.group_size
+        parts = quantized_embedding(self.reader, EMBEDDING, bits, block_size)
         inputs = []
         for part, array in parts.items():
             name = f"model.embed_tokens.{part}"
@@ -86,7 +94,7 @@ class _Streaming:
             outputs=[f"{gather}/output_0"],
             name=gather,
             domain="com.microsoft",
-            bits=self.embedding_bits,
+            bits=bits,
             block_size=block_size,
             gather_axis=0,
             quantize_axis=1,
@@ -114,22 +122,23 @@ class _Streaming:
             )
 
 
-class _StreamingPhi3(_Streaming, Phi3MiniModel):
-    pass
+class _StreamingPhi3(_Streaming, Phi3MiniModel):  # type: ignore[misc, unused-ignore]
+    """One table of rotary embeddings."""
 
 
-class _StreamingPhi3LongRoPE(_Streaming, Phi3MiniLongRoPEModel):
-    pass
+class _StreamingPhi3LongRoPE(_Streaming, Phi3MiniLongRoPEModel):  # type: ignore[misc, unused-ignore]
+    """A table for short texts, and one for long ones."""
 
 
 def streaming_builder(
     config: Any,
-    checkpoint_config: dict[str, Any],
+    checkpoint_config: Mapping[str, Any],
+    stored: StoredQuantization | None,
     reader: CheckpointReader,
     *,
     precision: str,
     provider: str,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     progress: Progress,
 ) -> Any:
     """The builder for a checkpoint.
@@ -137,6 +146,7 @@ def streaming_builder(
     Args:
         config: transformers' config object of it.
         checkpoint_config: its `config.json`.
+        stored: how its matrices are quantized; None for a float checkpoint.
         reader: its tensors.
         precision: `int4` or `fp32`.
         provider: the execution provider, `cpu`.
@@ -152,14 +162,12 @@ def streaming_builder(
     long_rope = config.max_position_embeddings != original
     kind = _StreamingPhi3LongRoPE if long_rope else _StreamingPhi3
     onnx_type = ir.DataType.INT4 if precision == "int4" else ir.DataType.FLOAT
-    builder = kind(config, ir.DataType.FLOAT, onnx_type, provider, "", options)
+    builder = kind(config, ir.DataType.FLOAT, onnx_type, provider, "", dict(options))
     builder.reader = reader
     builder.checkpoint_config = checkpoint_config
+    builder.stored = stored
     builder.progress = progress
-    meta = checkpoint_config.get("quantization_config", {}).get("meta", {})
-    shared = bool(meta.get("shared_embedding"))
-    builder.embedding_bits = 0 if shared else int(meta.get("embedding_bits", 0))
-    builder.tied_quantized_embeddings = precision == "int4" and shared
+    builder.tied_quantized_embeddings = stored is not None and stored.shared_embedding
     builder.tied_unquantized_embeddings = precision == "fp32" and bool(
         checkpoint_config.get("tie_word_embeddings")
     )

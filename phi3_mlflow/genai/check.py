@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime_genai as og
 
 from phi3_mlflow.core.errors import ProjectError, problem_list
 from phi3_mlflow.genai.export import DATA_FILE, MODEL_FILE
-from phi3_mlflow.quantization.settings import QuantizationSettings
 
 if TYPE_CHECKING:
-    import onnx
+    from pathlib import Path
+
+    from phi3_mlflow.quantization.settings import QuantizationSettings
 
 _PROBE = (1, 3, 2, 5)
 _MOST_PROBLEMS = 12
@@ -54,8 +57,6 @@ def check_export(onnx_dir: Path, settings: QuantizationSettings | None) -> Check
     Raises:
         ProjectError: names every difference.
     """
-    import onnx
-
     graph = onnx.load(str(onnx_dir / MODEL_FILE), load_external_data=False).graph
     genai = json.loads((onnx_dir / "genai_config.json").read_text(encoding="utf-8"))
     layers = int(genai["model"]["decoder"]["num_hidden_layers"])
@@ -175,10 +176,6 @@ def _data_problems(graph: onnx.GraphProto, onnx_dir: Path) -> list[str]:
 
 
 def _probe(onnx_dir: Path) -> int:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import numpy as np
-    import onnxruntime_genai as og
-
     try:
         model = og.Model(str(onnx_dir))
         params = og.GeneratorParams(model)

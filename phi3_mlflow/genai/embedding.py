@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.genai.lazy import LazyArray
 from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.matrices import CHUNK_WEIGHTS
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
+
+if TYPE_CHECKING:
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
 
 
 def quantized_embedding(

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoConfig
 
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.core.progress import Progress, no_progress
+from phi3_mlflow.genai.builder import streaming_builder
 from phi3_mlflow.quantization.plan import check_architecture
+from phi3_mlflow.quantization.stored import StoredQuantization
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -71,13 +78,15 @@ def export_onnx(
     if accuracy_level not in range(5):
         raise UserError(f"accuracy_level {accuracy_level!r}: allowed are 0, 1, 2, 3 and 4")
     checkpoint_config = read_config(checkpoint)
-    _check_precision(checkpoint, checkpoint_config, precision)
+    stored = _stored_as_asked(checkpoint, checkpoint_config, precision)
     reader = CheckpointReader(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     for name in (MODEL_FILE, DATA_FILE):
         (out / name).unlink(missing_ok=True)
     with _quiet():
-        _build(checkpoint, checkpoint_config, reader, out, precision, accuracy_level, progress)
+        _build(
+            checkpoint, checkpoint_config, stored, reader, out, precision, accuracy_level, progress
+        )
     for file in licence_files(checkpoint):
         shutil.copyfile(file, out / file.name)
     return ExportReport(
@@ -91,19 +100,14 @@ def export_onnx(
 
 def _build(
     checkpoint: Path,
-    checkpoint_config: dict[str, Any],
+    checkpoint_config: Mapping[str, Any],
+    stored: StoredQuantization | None,
     reader: CheckpointReader,
     out: Path,
     precision: str,
     accuracy_level: int,
     progress: Progress,
 ) -> None:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import torch
-    from transformers import AutoConfig
-
-    from phi3_mlflow.genai.builder import streaming_builder
-
     config = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=False)
     # The builder gives the attention window to layers that are said to be local, and Phi-3's
     # configuration, where all are, does not say so: without this the graph looks at everything.
@@ -120,6 +124,7 @@ def _build(
         builder = streaming_builder(
             config,
             checkpoint_config,
+            stored,
             reader,
             precision=precision,
             provider="cpu",
@@ -132,33 +137,26 @@ def _build(
         builder.save_processing(str(checkpoint), {}, str(out))
 
 
-def _check_precision(checkpoint: Path, config: dict[str, Any], precision: str) -> None:
+def _stored_as_asked(
+    checkpoint: Path, config: Mapping[str, Any], precision: str
+) -> StoredQuantization | None:
+    """How the checkpoint is quantized, once it is known to be of the precision asked for."""
     check_architecture(config)
-    quantization = config.get("quantization_config")
     if precision == "fp32":
-        if quantization is not None:
+        if config.get("quantization_config") is not None:
             raise CheckpointRefused(
                 f"{checkpoint} is quantized; precision fp32 needs the float checkpoint"
             )
-        return
+        return None
     if precision != "int4":
         raise UserError(f"precision {precision!r}: allowed are int4 and fp32")
-    if quantization is None:
+    stored = StoredQuantization.read(config, checkpoint)
+    if stored is None:
         raise CheckpointRefused(
             f"{checkpoint} is not quantized; run the quantize step on it first, "
             "or export with precision fp32"
         )
-    if quantization.get("quant_method") != "gptq":
-        raise CheckpointRefused(
-            f"{checkpoint}: quant_method is {quantization.get('quant_method')!r}; this reads gptq"
-        )
-    if quantization.get("checkpoint_format", "gptq") != "gptq":
-        raise CheckpointRefused(
-            f"{checkpoint}: checkpoint_format is {quantization['checkpoint_format']!r}, whose zero "
-            "points are stored differently; this reads version 1 ('gptq')"
-        )
-    if quantization.get("desc_act"):
-        raise CheckpointRefused(f"{checkpoint}: desc_act (reordered columns) is not supported")
+    return stored
 
 
 @contextlib.contextmanager

@@ -11,12 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import CheckpointRefused
+from phi3_mlflow.quantization import packing
+from phi3_mlflow.quantization.plan import EMBEDDING
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
     import torch
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
+    from phi3_mlflow.quantization.stored import StoredQuantization
 
 Loader = Callable[[], "torch.Tensor"]
 
@@ -40,7 +46,7 @@ class LazyArray:
         """The transposed matrix."""
         return LazyArray(self.shape[::-1], self.kind, lambda: self.load().T)
 
-    def numpy(self) -> np.ndarray:
+    def numpy(self) -> npt.NDArray[Any]:
         """The array, in C order."""
         return self.load().contiguous().numpy()
 
@@ -80,8 +86,6 @@ class QuantizedLinear:
         rows: slice | None = None,
     ) -> None:
         """Rows `rows` (None: all) of a module such as `model.layers.0.mlp.down_proj`."""
-        from phi3_mlflow.quantization import packing
-
         words, total = reader.shape(f"{module}.qweight")
         start, stop, _ = (rows or slice(None)).indices(total)
         self.bias = None
@@ -160,20 +164,27 @@ class LazyWeights:
         embedding, final_norm, lm_head: what the builder looks for by these names.
     """
 
-    def __init__(self, reader: CheckpointReader, config: dict[str, Any], q_rows: int) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        config: Mapping[str, Any],
+        stored: StoredQuantization | None,
+        q_rows: int,
+    ) -> None:
         """Lay out the modules.
 
         Args:
             reader: the checkpoint's tensors, float or in GPTQ's format version 1.
             config: its `config.json`.
+            stored: how its matrices are quantized; None for a float checkpoint.
             q_rows: rows of qkv_proj that are the queries'.
         """
         self._reader = reader
-        self._quantization = config.get("quantization_config")
+        self._stored = stored
         self._layers = int(config["num_hidden_layers"])
         self._intermediate = int(config["intermediate_size"])
         self._q_rows = q_rows
-        self.embedding = Embedding(reader, "model.embed_tokens.weight")
+        self.embedding = Embedding(reader, EMBEDDING)
         self.final_norm = Norm(reader, "model.norm.weight")
         self.lm_head = self._head(bool(config.get("tie_word_embeddings", False)))
 
@@ -201,39 +212,20 @@ class LazyWeights:
         )
 
     def _head(self, tied: bool) -> FloatLinear | QuantizedLinear:
-        if self._quantization is not None and "lm_head.qweight" in self._reader:
+        if self._stored is not None and "lm_head.qweight" in self._reader:
             return self._linear("lm_head")
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        name = EMBEDDING if tied else "lm_head.weight"
         return FloatLinear(self._reader, name, 0, self._reader.shape(name)[0])
 
     def _linear(self, module: str, rows: slice | None = None) -> FloatLinear | QuantizedLinear:
-        if self._quantization is not None and f"{module}.qweight" in self._reader:
-            bits, block_size = layout_of(module, self._quantization)
+        if self._stored is not None and f"{module}.qweight" in self._reader:
+            bits, block_size = self._stored.layout_of(module)
             if block_size == -1:
                 block_size = self._reader.shape(f"{module}.g_idx")[0]
             return QuantizedLinear(self._reader, module, bits, block_size, rows)
         name = f"{module}.weight"
         start, stop, _ = (rows or slice(None)).indices(self._reader.shape(name)[0])
         return FloatLinear(self._reader, name, start, stop)
-
-
-def layout_of(module: str, quantization: dict[str, Any]) -> tuple[int, int]:
-    """Bits and group size of a module by a GPTQ `quantization_config`.
-
-    Args:
-        module: such as `model.layers.0.mlp.down_proj`.
-        quantization: the model-wide `bits` and `group_size`, and `dynamic`: overrides by regular
-            expression, the first that matches from the start of the name.
-    """
-    import re
-
-    for pattern, override in (quantization.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            return (
-                int(override.get("bits", quantization["bits"])),
-                int(override.get("group_size", quantization["group_size"])),
-            )
-    return int(quantization["bits"]), int(quantization["group_size"])
 
 
 def _check_sizes(

@@ -7,23 +7,26 @@ done in the order of the computation: qkv_proj, o_proj, gate_up_proj, down_proj.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
-from phi3_mlflow.checkpoints.writer import CheckpointWriter
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.gptq import gptq
 from phi3_mlflow.quantization.matrices import CHUNK_WEIGHTS, copy_tensor, write_linear
 from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, QuantizationPlan
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
-from phi3_mlflow.quantization.settings import GptqSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
+    from phi3_mlflow.checkpoints.writer import CheckpointWriter
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.quantization.settings import GptqSettings
 
 # Sequences that go through a layer together.
 _BATCH = 4
@@ -157,7 +160,8 @@ class _Layers:
     def final_norm(self, states: torch.Tensor) -> torch.Tensor:
         """What the head sees."""
         self._norm.weight.data = self._reader.read_float("model.norm.weight")
-        return self._norm(states)
+        normed: torch.Tensor = self._norm(states)
+        return normed
 
     def _attend(self, module: Any, inputs: Any) -> Any:
         """What o_proj sees, from what qkv_proj sees."""
@@ -253,7 +257,7 @@ def correct_drift(
     """
     flat, drift = inputs.flatten(0, -2), (ideal - inputs).flatten(0, -2)
     cross = torch.zeros_like(moments)
-    for some, part in zip(drift.split(2048), flat.split(2048), strict=True):
+    for some, part in zip(torch.split(drift, 2048), torch.split(flat, 2048), strict=True):
         cross.addmm_(some.T, part)
     damped = moments.clone()
     damped.diagonal().add_(max(damping * float(moments.diagonal().mean()), 1e-12))
@@ -269,7 +273,7 @@ def second_moments(inputs: torch.Tensor) -> torch.Tensor:
     """The mean of x x^T, float32 (K, K), over inputs (..., K)."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     moments = torch.zeros((flat.shape[1], flat.shape[1]))
-    for part in flat.split(2048):
+    for part in torch.split(flat, 2048):
         moments.addmm_(part.T, part)
     return moments.div_(flat.shape[0])
 

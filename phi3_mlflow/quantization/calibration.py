@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.quantization.settings import GptqSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+
+    from phi3_mlflow.quantization.settings import GptqSettings
 
 
 Conversation = list[dict[str, str]]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.quantization.plan import QuantizationPlan
 from phi3_mlflow.quantization.settings import DEFAULT_DAMPING, GptqSettings, QuantizationSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.quantization.plan import QuantizationPlan
 
 # What else of a checkpoint belongs to the model; anything not named here stays behind.
 COMPANIONS = (
@@ -26,7 +30,7 @@ COMPANIONS = (
 
 
 def write_config(
-    out: Path, config: dict[str, Any], plan: QuantizationPlan, settings: QuantizationSettings
+    out: Path, config: Mapping[str, Any], plan: QuantizationPlan, settings: QuantizationSettings
 ) -> None:
     """Write `config.json` with the `quantization_config` that says how to read the tensors.
 

@@ -73,6 +73,7 @@ def _inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
             inverse = torch.cholesky_inverse(lower)
+            upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0:
                 return upper

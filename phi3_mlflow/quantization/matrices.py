@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.safetensors_header import DTYPE_BYTES
-from phi3_mlflow.checkpoints.writer import CheckpointWriter
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.quantization.packing import pack_gptq_weight, pack_gptq_zeros
-from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan
-from phi3_mlflow.quantization.rounding import Rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
+    from phi3_mlflow.checkpoints.writer import CheckpointWriter
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan
+    from phi3_mlflow.quantization.rounding import Rounded
 
 # Weights that are rounded at a time. A megabyte of float32 stays in the processor's cache through
 # the search's many passes, which makes it more than twice as fast as chunks that do not fit.

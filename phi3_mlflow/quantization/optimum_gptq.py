@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +25,9 @@ from phi3_mlflow.quantization.matrices import copy_tensor, stream_linear, write_
 from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, make_plan
 from phi3_mlflow.quantization.report import QuantizationReport, make_report
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
-from phi3_mlflow.quantization.settings import GptqSettings
+
+if TYPE_CHECKING:
+    from phi3_mlflow.quantization.settings import GptqSettings
 
 
 def quantize_with_optimum(

@@ -8,11 +8,9 @@ quantized checkpoint states.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.writer import Announced
 from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
 from phi3_mlflow.quantization.settings import (
@@ -21,6 +19,11 @@ from phi3_mlflow.quantization.settings import (
     MixedPrecisionSettings,
     QuantizationSettings,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import EnvironmentProblem, problem_list
@@ -17,6 +17,9 @@ from phi3_mlflow.quantization.plan import (
     make_plan,
 )
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Resident size of Python with torch, transformers, onnx and the builder loaded, measured.
 _LIBRARIES = 650_000_000
@@ -77,7 +80,8 @@ def preflight(
         checkpoint: a float Phi-3 checkpoint.
         settings: the choices.
         out_dir: where the outputs will be written; need not exist yet.
-        memory_available, disk_available: bytes; None asks the machine.
+        memory_available: bytes; None asks the machine.
+        disk_available: bytes; None asks the machine.
 
     Returns:
         What the job needs.

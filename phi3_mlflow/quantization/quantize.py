@@ -7,7 +7,7 @@ transformers (with gptqmodel) and this project's export read.
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,9 @@ from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan, QuantizationPlan
 from phi3_mlflow.quantization.report import QuantizationReport, make_report
 from phi3_mlflow.quantization.rounding import k_quant, rtn
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings, RtnSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def quantize_checkpoint(

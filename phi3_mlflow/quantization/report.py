@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.quantization.plan import CopyPlan, QuantizationPlan
-from phi3_mlflow.quantization.settings import QuantizationSettings
+
+if TYPE_CHECKING:
+    from phi3_mlflow.quantization.settings import QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ is logged, is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import ProjectError, UserError, problem_list
-from phi3_mlflow.quantization.search_settings import Budget
-from phi3_mlflow.quantization.settings import QuantizationSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from phi3_mlflow.quantization.search_settings import Budget
+    from phi3_mlflow.quantization.settings import QuantizationSettings
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def redirect_target(response: httpx.Response, what: str) -> str:
     Raises:
         EnvironmentProblem: nowhere, or to where it must not be followed.
     """
-    location = response.headers.get("Location")
+    location: str | None = response.headers.get("Location")
     if not location:
         raise EnvironmentProblem(f"{what}: a redirect that does not say where to")
     try:

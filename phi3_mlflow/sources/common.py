@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.core.machine import free_disk
-from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.sources.digests import FileDigest, copy_with_digest
-from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.core.progress import Progress
+    from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
 
 _ROOM_TO_SPARE = 64 << 20  # bytes; what else is written while a checkpoint comes down
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints.remote_code import drop_remote_code
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
-from phi3_mlflow.core.progress import Progress
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,
@@ -34,6 +33,11 @@ from phi3_mlflow.sources.spec import (
     PypiSource,
     SourceSpec,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from phi3_mlflow.core.progress import Progress
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -169,7 +173,8 @@ def write_lock(source: str, revision: str, lock: Mapping[str, str]) -> str:
 
     Args:
         source: the profile's.
-        revision, lock: of the `FetchedSource`.
+        revision: of the `FetchedSource`.
+        lock: of the `FetchedSource`.
 
     Returns:
         A mapping `sha256:` from file name to digest, preceded by the source pinned to a commit.

@@ -11,20 +11,17 @@ blob id (all others). Both are checked against what arrives, as is the profile's
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.remote_code import CONFIGURATIONS, refuse_remote_code
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,
     check_lock_names,
     require_room,
 )
-from phi3_mlflow.sources.digests import Expected
 from phi3_mlflow.sources.hub_access import endpoint, hub_transfer, offline
 from phi3_mlflow.sources.hub_listing import (
     Listing,
@@ -34,12 +31,17 @@ from phi3_mlflow.sources.hub_listing import (
     saved_listing,
 )
 from phi3_mlflow.sources.partial import PartialFile, WholeFile
-from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
-from phi3_mlflow.sources.spec import HubSource
-from phi3_mlflow.sources.transfer import Transfer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import httpx
+
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.sources.digests import Expected
+    from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
+    from phi3_mlflow.sources.spec import HubSource
+    from phi3_mlflow.sources.transfer import Transfer
 
 _WEIGHTS = re.compile(r"model[\w.-]*\.safetensors")
 

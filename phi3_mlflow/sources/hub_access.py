@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 from phi3_mlflow import __version__
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.sources.common import environment_flag
-from phi3_mlflow.sources.spec import HubSource
 from phi3_mlflow.sources.transfer import Transfer
 
 if TYPE_CHECKING:
     import httpx
 
     from phi3_mlflow.sources.retrying import Deadline, RetryPolicy
+    from phi3_mlflow.sources.spec import HubSource
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
@@ -58,7 +58,7 @@ def endpoint() -> str:
 
 def hub_transfer(spec: HubSource, policy: RetryPolicy, deadline: Deadline) -> Transfer:
     """Requests to the hub as this user."""
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined, unused-ignore]
 
     address, secret = endpoint(), token()
     local = urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")

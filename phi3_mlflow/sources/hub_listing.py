@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem
 from phi3_mlflow.sources.digests import Expected
 from phi3_mlflow.sources.hub_access import endpoint
-from phi3_mlflow.sources.spec import HubSource
-from phi3_mlflow.sources.transfer import Transfer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.sources.spec import HubSource
+    from phi3_mlflow.sources.transfer import Transfer
 
 _LARGEST_LISTING = 50_000_000  # bytes
 _LARGEST_FILE = 1 << 40  # bytes
@@ -63,10 +67,10 @@ def read_listing(spec: HubSource, transfer: Transfer) -> Listing:
     return listing
 
 
-def _parse_listing(payload: dict[str, Any]) -> Listing:
+def _parse_listing(payload: Mapping[str, Any]) -> Listing:
     from huggingface_hub import ModelInfo
 
-    info = ModelInfo(**payload)
+    info = ModelInfo(**payload)  # type: ignore[no-untyped-call, unused-ignore]
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise ValueError("no commit")
     files: dict[str, Expected] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.core.errors import CheckpointRefused, UserError
@@ -17,7 +17,11 @@ from phi3_mlflow.sources.digests import (
     digest_of_files,
     mismatch,
 )
-from phi3_mlflow.sources.spec import FileSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phi3_mlflow.sources.spec import FileSource
 
 
 def fetch_local(spec: FileSource, job: Job) -> FetchedSource:

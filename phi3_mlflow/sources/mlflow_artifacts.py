@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,13 @@ from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
 from phi3_mlflow.sources.common import FetchedSource, Job, require_room
 from phi3_mlflow.sources.local import take_directory
-from phi3_mlflow.sources.spec import MlflowSource
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+    from phi3_mlflow.sources.spec import MlflowSource
 
 _MOST_FILES = 10_000
 _DEEPEST = 8
@@ -181,7 +183,8 @@ def _download(repository: ArtifactRepository, path: str, place: Path, target: Pa
     """Bring one file, under its own name, into `target`."""
     landing = place / "landing"
     landing.mkdir(exist_ok=True)
-    got = Path(repository.download_artifacts(path, dst_path=str(landing)))
+    came = repository.download_artifacts(path, dst_path=str(landing))  # type: ignore[no-untyped-call, unused-ignore]
+    got = Path(came)
     if got.is_symlink() or not got.is_file():
         raise CheckpointRefused(f"{path} is a link or no regular file")
     result = target / got.name

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.sources.common import move_into
 from phi3_mlflow.sources.digests import DigestingFile, Expected, FileDigest, mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from phi3_mlflow.core.progress import Meter
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class PartialFile:
 
     @property
     def whole_path(self) -> Path:
+        """Where the file lies once it is whole."""
         return self.downloads / f"{self.key}-{self.name}"
 
     @property
     def part_path(self) -> Path:
+        """Where the file lies until then."""
         return self.downloads / f"{self.key}-{self.name}.part"
 
     def standing(self) -> int:

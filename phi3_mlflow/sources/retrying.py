@@ -6,12 +6,14 @@ import email.utils
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from phi3_mlflow.core.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
 
@@ -148,7 +150,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
         return max(0.0, (moment - datetime.now(UTC)).total_seconds())
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+        parse_ratelimit_headers,
+    )
 
     limit = parse_ratelimit_headers(headers)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None

@@ -53,14 +53,16 @@ def _dequantized_model(checkpoint: Path, quantized: Path) -> torch.nn.Module:
     """The float model with every matrix replaced by what its codes stand for."""
     from safetensors.torch import load_file
 
-    from phi3_mlflow.genai.lazy import layout_of
+    from phi3_mlflow.quantization.stored import StoredQuantization
 
     model = _load(checkpoint)
     config = json.loads((quantized / "config.json").read_text())
     tensors = load_file(quantized / "model.safetensors")
+    stored = StoredQuantization.read(config, quantized)
+    assert stored is not None
     head = None
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        bits, block_size = layout_of(name, config["quantization_config"])
+        bits, block_size = stored.layout_of(name)
         codes = packing.unpack_gptq_weight(tensors[f"{name}.qweight"], bits)
         zeros = packing.unpack_gptq_zeros(tensors[f"{name}.qzeros"], bits)
         weights = packing.dequantize(codes, tensors[f"{name}.scales"].T, zeros, block_size)
