@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from phi3_mlflow import runtime
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.runtime.model_config import ModelConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlflow.models import ModelSignature
 
 Contract = Literal["chat", "prompt"]
 Flavor = Literal["onnx", "transformers"]
 
 _HERE = Path(__file__).parent
-_RUNTIME = "runtime"
+_RUNTIME = Path(runtime.__file__).parent
 _REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "onnx": ("mlflow", "numpy", "onnxruntime-genai", "onnxruntime"),
     # MLflow's transformers flavor loads with accelerate; a text model has no use for torchvision.
@@ -123,9 +125,9 @@ def code_file(contract: Contract) -> Path:
 def copy_code(contract: Contract, folder: Path) -> None:
     """Put the code that answers into a model's folder: the models-from-code file and `runtime`."""
     shutil.copyfile(code_file(contract), folder / code_file(contract).name)
-    target = folder / _RUNTIME
+    target = folder / _RUNTIME.name
     target.mkdir()
-    for file in sorted((_HERE.parent / _RUNTIME).glob("*.py")):
+    for file in sorted(_RUNTIME.glob("*.py")):
         shutil.copyfile(file, target / file.name)
 
 

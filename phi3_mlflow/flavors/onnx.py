@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import bundle
-from phi3_mlflow.flavors.bundle import Contract
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.models import Model
     from mlflow.models.model import ModelInfo
 
+    from phi3_mlflow.flavors.bundle import Contract
     from phi3_mlflow.runtime.model_config import ModelConfig
 
 ARTIFACT = "artifacts/onnx"
@@ -53,10 +53,12 @@ def log_onnx(
         model_config: values of `runtime.model_config.ModelConfig`; all can be
             overridden when loading.
         metadata: goes into the MLmodel file.
-        tags, params: of the LoggedModel.
+        tags: of the LoggedModel.
+        params: of the LoggedModel.
         input_example: a request; default: one of the contract's own.
         pip_requirements: default: `bundle.requirements("onnx")`.
-        model_card, license_text: texts, kept as model_card.md and LICENSE.txt beside the model.
+        model_card: a text, kept as model_card.md beside the model.
+        license_text: a text, kept as LICENSE.txt beside the model.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.
@@ -73,7 +75,7 @@ def log_onnx(
         )
     config = {"model_name": name, "rope_switch": rope_switch(onnx_dir), **(model_config or {})}
     example = bundle.CHAT_EXAMPLE if contract == "chat" else bundle.PROMPT_EXAMPLE
-    return Model.log(
+    logged: ModelInfo = Model.log(
         artifact_path=None,
         name=bundle.logged_name(name),
         flavor=_OnnxFlavor,
@@ -94,6 +96,7 @@ def log_onnx(
         model_card=model_card,
         license_text=license_text,
     )
+    return logged
 
 
 class _OnnxFlavor:

@@ -55,9 +55,15 @@ def log_transformers(
             otherwise.
         dtype: number type the weights are loaded as: float32, bfloat16, float16, or `auto` for the
             one that the checkpoint's config.json names. It is written down in either case.
-        model_config, metadata, tags, params, input_example, model_card, license_text: as in
-            `phi3_mlflow.flavors.onnx.log_onnx`.
+        model_config: values of `runtime.model_config.ModelConfig`; all can be overridden when
+            loading.
+        metadata: goes into the MLmodel file.
+        tags: of the LoggedModel.
+        params: of the LoggedModel.
+        input_example: a request; default: one of the contract's own.
         pip_requirements: default: `bundle.requirements("transformers")`.
+        model_card: a text, kept as model_card.md beside the model.
+        license_text: a text, kept as LICENSE.txt beside the model.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,11 +13,15 @@ from .answer import Choice
 from .cancellation import Abandoned, abandoned_by, watched
 from .engine import Engine, Guided, Session, cuts
 from .logprobs import LogprobCollector
-from .model_config import ModelConfig
 from .prefix_cache import PrefixCache
 from .request import GenerationRequest, RequestError
 from .sampling import Sampler
 from .text import StopFinder
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from .model_config import ModelConfig
 
 MEGABYTE = 1024 * 1024
 _NONE = np.empty(0, dtype=np.float32)
@@ -157,7 +160,7 @@ class Answerer:
             with turn:
                 if request.schema is not None:
                     logits = session.logits() if logprobs else _NONE
-                    token = cast(Guided, session).choose(sampler)
+                    token = cast("Guided", session).choose(sampler)
                 elif sampler.greedy and logprobs is None:
                     token = session.follow(token)
                 else:

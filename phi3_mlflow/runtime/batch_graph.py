@@ -9,12 +9,17 @@ operator GroupQueryAttention takes (`attention_mask` gives the lengths, padded o
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .genai_config import Decoder
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from .genai_config import Decoder
 
 # Memory grows in steps of this many tokens a slot, and by half at least.
 _STEP = 256
@@ -84,6 +89,7 @@ class BatchGraph:
         """Have room for `tokens` in every slot.
 
         Args:
+            tokens: of the longest sequence.
             lengths: slot: tokens in use, of the slots to be kept.
         """
         if tokens <= self.capacity:
@@ -98,7 +104,9 @@ class BatchGraph:
         # Only now: where there was no room for it, the graph must not write beyond what there is.
         self._memory, self.capacity = larger, capacity
 
-    def run(self, first: int, tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    def run(
+        self, first: int, tokens: NDArray[np.int64], lengths: Sequence[int]
+    ) -> NDArray[np.float32]:
         """Compute tokens of neighbouring slots.
 
         Args:
@@ -125,11 +133,11 @@ class BatchGraph:
         self._session.run_with_iobinding(binding)
         return logits
 
-    def save(self, slot: int, length: int) -> list[np.ndarray]:
+    def save(self, slot: int, length: int) -> list[NDArray[np.float32]]:
         """A copy of the first tokens of a slot."""
         return [memory.array[slot, :, :length].copy() for memory in self._memory]
 
-    def load(self, slot: int, saved: list[np.ndarray], length: int) -> None:
+    def load(self, slot: int, saved: list[NDArray[np.float32]], length: int) -> None:
         """Put the first tokens of a copy into a slot."""
         for memory, kept in zip(self._memory, saved, strict=True):
             memory.array[slot, :, :length] = kept[:, :length]

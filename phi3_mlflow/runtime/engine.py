@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
 
-from .fair_lock import FairLock
-from .sampling import Sampler
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .fair_lock import FairLock
+    from .sampling import Sampler
 
 # A cut at the end of a turn costs a small piece of work of its own; below this many tokens since
 # the last cut it would not pay.
@@ -33,7 +36,7 @@ class Session(Protocol):
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens and compute."""
 
-    def logits(self) -> np.ndarray:
+    def logits(self) -> NDArray[np.float32]:
         """Logits of the token that follows the last one, shape (V,), float32."""
 
     def follow(self, token: int | None) -> int:

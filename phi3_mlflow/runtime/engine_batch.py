@@ -7,13 +7,17 @@ once. A sequence joins and leaves between any two tokens (see `scheduler`).
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .batch_graph import BatchGraph, NotBatchable
-from .engine import EngineSettings, Guided, Session
 from .engine_genai import GenaiEngine
 from .genai_folder import GenaiFolder, threads
 from .scheduler import BatchScheduler, BatchSession
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .engine import EngineSettings, Guided, Session
 
 
 class BatchEngine(GenaiFolder):
@@ -44,11 +48,13 @@ class BatchEngine(GenaiFolder):
         self._guard = threading.Lock()
 
     def open(self, capacity: int) -> Session:
+        """Open an empty session; beyond the LongRoPE switch it is one of onnxruntime-genai."""
         if 0 < self.rope_switch < capacity:
             return self._other().open(capacity)
         return BatchSession(self._scheduler, self.rope_switch or self.context)
 
     def open_guided(self, capacity: int, schema: str) -> Guided:
+        """Open an empty session of onnxruntime-genai whose answer follows a JSON schema."""
         return self._other().open_guided(capacity, schema)
 
     def _other(self) -> GenaiEngine:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import EngineSettings
 from .genai_folder import GenaiFolder, threads
 from .request import RequestError
-from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from .engine import EngineSettings
+    from .sampling import Sampler
 
 
 class GenaiEngine(GenaiFolder):
@@ -32,6 +37,11 @@ class GenaiEngine(GenaiFolder):
         self._model = self._og.Model(_config(self._og, folder, settings))
 
     def open_guided(self, capacity: int, schema: str) -> GuidedSession:
+        """Open an empty session whose answer follows a JSON schema.
+
+        Raises:
+            RequestError: this installation cannot, or not this schema.
+        """
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=capacity, do_sample=False)
         if not hasattr(params, "set_guidance"):
@@ -59,6 +69,7 @@ class GenaiEngine(GenaiFolder):
         return GuidedSession(generator, capacity, self.rope_switch, self.window)
 
     def open(self, capacity: int) -> GenaiSession:
+        """Open an empty session that can hold `capacity` tokens."""
         params = self._og.GeneratorParams(self._model)
         # max_length counts the prompt, and the key-value cache for all of it is allocated at once.
         params.set_search_options(max_length=capacity, do_sample=False)
@@ -84,6 +95,7 @@ class GenaiSession:
         self._length = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens and compute."""
         new = np.asarray(tokens, dtype=np.int32)
         switch = self._rope_switch
         if 0 < self._length <= switch < self._length + len(new):
@@ -103,6 +115,7 @@ class GenaiSession:
             self.reusable = self.reusable and not 0 < limit < self._length
 
     def follow(self, token: int | None) -> int:
+        """Append `token`, if there is one, and choose the likeliest one after it."""
         if self._rope_switch:  # the runtime's own step knows nothing of the switch
             if token is not None:
                 self.extend([token])
@@ -112,10 +125,12 @@ class GenaiSession:
         self._count(1)
         return int(self._generator.get_next_tokens()[0])
 
-    def logits(self) -> np.ndarray:
+    def logits(self) -> NDArray[np.float32]:
+        """Return the logits of the token that follows, shape (V,), float32."""
         return np.asarray(self._generator.get_logits()).reshape(-1)
 
     def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
         self._generator.rewind_to(length)
         self._length = length
 
@@ -131,6 +146,7 @@ class GuidedSession(GenaiSession):
         self.reusable = False  # the grammar cannot be rewound
 
     def choose(self, sampler: Sampler) -> int:
+        """Choose the next token among those that the grammar allows, and append it."""
         scores = sampler.scores(self.logits())
         self._generator.set_logits(scores.reshape(1, 1, -1))
         self._generator.generate_next_token()

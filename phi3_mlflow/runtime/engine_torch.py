@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import EngineSettings, Guided
 from .fair_lock import FairLock
 from .request import RequestError
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from .engine import EngineSettings, Guided
 
 
 class TorchEngine:
@@ -72,6 +77,11 @@ class TorchEngine:
         self.ends = frozenset(end for end in ends if end is not None)
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a conversation, ready for the assistant's answer.
+
+        Raises:
+            RequestError: the chat template refuses the messages.
+        """
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -81,6 +91,7 @@ class TorchEngine:
         return self._tokens(str(text), special=False)
 
     def encode(self, text: str) -> list[int]:
+        """Return the tokens of a literal text."""
         return self._tokens(text, special=True)
 
     def _tokens(self, text: str, special: bool) -> list[int]:
@@ -88,12 +99,19 @@ class TorchEngine:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def decoder(self) -> Callable[[int], str]:
+        """Return a function that takes the tokens of one answer in turn and gives their text."""
         return self._vocabulary.decoder()
 
     def spell(self, token: int) -> bytes:
+        """Return the bytes of a token's text; none for a control token."""
         return self._vocabulary.spell(token)
 
     def open_guided(self, capacity: int, schema: str) -> Guided:
+        """Refuse: transformers cannot hold an answer to a JSON schema.
+
+        Raises:
+            RequestError: always.
+        """
         raise RequestError(
             [
                 "response_format: the transformers flavor cannot hold an answer to a JSON schema; "
@@ -102,6 +120,7 @@ class TorchEngine:
         )
 
     def open(self, capacity: int) -> TorchSession:
+        """Open an empty session that counts as `capacity` tokens."""
         return TorchSession(self._model, capacity, self.rope_switch)
 
 
@@ -118,9 +137,10 @@ class TorchSession:
         self._rope_switch = rope_switch
         self._tokens: list[int] = []
         self._cache = self._empty()
-        self._logits: np.ndarray = np.empty(0, dtype=np.float32)
+        self._logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
 
     def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens and compute."""
         import torch
 
         new, switch = list(tokens), self._rope_switch
@@ -138,15 +158,18 @@ class TorchSession:
         self._tokens += new
         self.reusable = self.reusable and not 0 < switch < len(self._tokens)
 
-    def logits(self) -> np.ndarray:
+    def logits(self) -> NDArray[np.float32]:
+        """Return the logits of the token that follows, shape (V,), float32."""
         return self._logits
 
     def follow(self, token: int | None) -> int:
+        """Append `token`, if there is one, and choose the likeliest one after it."""
         if token is not None:
             self.extend([token])
         return int(self._logits.argmax())
 
     def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
         if length == 0:
             self._cache = self._empty()
         elif length < len(self._tokens):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .batch_graph import NotBatchable
-from .engine import Engine, EngineSettings
 from .engine_batch import BatchEngine
 from .engine_genai import GenaiEngine
 from .engine_torch import TorchEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .engine import Engine, EngineSettings
 
 
 def load_engine(artifacts: Mapping[str, str], settings: EngineSettings) -> Engine:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 class FairLock:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .engine import EngineSettings
 from .fair_lock import FairLock
 from .genai_config import GenaiConfig
 from .request import RequestError
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .engine import EngineSettings
 
 # onnxruntime reports usage to Microsoft unless told otherwise, and reads this when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -56,6 +60,11 @@ class GenaiFolder:
         self._begin = config.begin
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a conversation, ready for the assistant's answer.
+
+        Raises:
+            RequestError: the chat template refuses the messages.
+        """
         try:
             text = self._tokenizer.apply_chat_template(
                 json.dumps(messages), add_generation_prompt=True
@@ -69,12 +78,15 @@ class GenaiFolder:
         return tokens
 
     def encode(self, text: str) -> list[int]:
+        """Return the tokens of a literal text."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def decoder(self) -> Callable[[int], str]:
+        """Return a function that takes the tokens of one answer in turn and gives their text."""
         return self._vocabulary.decoder()
 
     def spell(self, token: int) -> bytes:
+        """Return the bytes of a token's text; none for a control token."""
         return self._vocabulary.spell(token)
 
 

@@ -6,16 +6,19 @@ This is the one way in which a server talks to the model under MLflow's pyfunc w
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import request
 from .answer import Choice, TokenLogprob
-from .answerer import Answerer, PreparedRequest
 from .cancellation import abandoned_by
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+    from .answerer import Answerer, PreparedRequest
 
 INTERFACE = 2
 """1, in models of version 0.1, had `Part.chances` in the place of `Part.logprobs`."""

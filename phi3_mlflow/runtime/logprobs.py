@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .answer import TokenLogprob, TopLogprob
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from .answer import TokenLogprob, TopLogprob
 
 
 class LogprobCollector:
@@ -26,7 +31,7 @@ class LogprobCollector:
         self._held: list[tuple[int, TokenLogprob]] = []
         self._decoded = self._shown = 0
 
-    def note(self, token: int, logits: np.ndarray, decoded: int) -> None:
+    def note(self, token: int, logits: NDArray[np.float32], decoded: int) -> None:
         """Take the token that was chosen from `logits`, shape (V,), and the length of its text."""
         scaled = logits.astype(np.float64)
         scaled -= scaled.max()
@@ -46,7 +51,7 @@ class LogprobCollector:
         self._held = self._held[len(ready) :]
         return ready
 
-    def _entry(self, token: int, logprobs: np.ndarray) -> TopLogprob:
+    def _entry(self, token: int, logprobs: NDArray[np.float64]) -> TopLogprob:
         spelled = self._spell(token)
         return {
             "token": spelled.decode("utf-8", "replace"),

@@ -6,10 +6,12 @@ model here can honour: those are refused rather than ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .request import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UNSUPPORTED = (
     "functions", "function_call", "logit_bias", "audio", "modalities", "prediction",

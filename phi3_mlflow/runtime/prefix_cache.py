@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import Engine, Session
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from .engine import Engine, Session
 
 # A kept state worth less than this many tokens is given up sooner than new memory is taken.
 CHEAP = 128
@@ -19,7 +24,7 @@ STEP = 256
 @dataclass
 class _Kept:
     session: Session
-    tokens: np.ndarray
+    tokens: NDArray[np.int64]
     """The prompt it was computed for: what lies behind it (the answer) is never reused, because it
     was computed token by token, which rounds differently from computing it as a prompt."""
 
@@ -81,7 +86,7 @@ class PrefixCache:
             self._kept.append(_Kept(session, np.asarray(tokens, dtype=np.int64)))
             self._shrink(self._budget)
 
-    def _best(self, wanted: np.ndarray, needed: int) -> tuple[_Kept, int] | None:
+    def _best(self, wanted: NDArray[np.int64], needed: int) -> tuple[_Kept, int] | None:
         """The kept session that holds most of the prompt; else one that is cheap to give up."""
         cuts = [0, *self._cut(wanted.tolist())]
         best: tuple[_Kept, int] | None = None
@@ -110,7 +115,7 @@ class PrefixCache:
         return session.capacity * self._engine.token_bytes
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
+def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     """Number of equal tokens at the beginning of two sequences."""
     size = min(len(one), len(other))
     different = np.nonzero(one[:size] != other[:size])[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from . import request
 from .answer import AnswerBuilder, Choice
@@ -14,6 +13,9 @@ from .engines import load_engine
 from .live import Live
 from .model_config import ModelConfig
 from .request import GenerationRequest, RequestError, SamplingDefaults
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class ChatPythonModel(PythonModel):
@@ -33,8 +35,11 @@ class ChatPythonModel(PythonModel):
         engine = load_engine(context.artifacts, config.engine)
         self.answerer = Answerer(engine, config)
 
-    def predict(  # type: ignore[no-untyped-def]
-        self, context, model_input, params: dict[str, Any] | None = None
+    def predict(  # type: ignore[no-untyped-def]  # noqa: ANN201
+        self,
+        context,  # noqa: ANN001
+        model_input,  # noqa: ANN001
+        params: dict[str, Any] | None = None,
     ):
         """Answer every request of the input.
 

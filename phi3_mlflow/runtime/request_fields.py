@@ -17,6 +17,7 @@ class RequestFields:
         self.problems: list[str] = []
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
+        """Read a number from `low` to `high`; `default` when it is absent or wrong."""
         value = self.row.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.problems.append(f"{name}: expected a number, found {kind_of(value)}")
@@ -27,6 +28,7 @@ class RequestFields:
         return default
 
     def whole(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        """Read a whole number from `low` to `high`; `default` when it is absent or wrong."""
         value = self.row.get(name, default)
         if value is None:
             return None
@@ -43,6 +45,7 @@ class RequestFields:
         return default
 
     def stop(self) -> tuple[str, ...]:
+        """Read the stop texts: one, a list of them, or none."""
         value = self.row.get("stop", ())
         if isinstance(value, str):
             value = [value]
@@ -57,6 +60,7 @@ class RequestFields:
         return tuple(text for text in value if isinstance(text, str) and text)
 
     def top_logprobs(self) -> int | None:
+        """Read how many alternatives to each token are wanted; None wants no log probabilities."""
         wanted = self.row.get("logprobs")
         if wanted is not None and not isinstance(wanted, bool):
             self.problems.append(f"logprobs: expected true or false, found {kind_of(wanted)}")
@@ -91,11 +95,13 @@ class RequestFields:
         return json.dumps(schema)
 
     def unsupported(self) -> None:
+        """Note fields that no model of this project can honour."""
         if self.row.get("tools"):
             self.problems.append("tools: this model calls no tools; leave the field out")
 
 
 def text_problems(where: str, text: str) -> Iterator[str]:
+    """Yield what makes a text unfit for a tokenizer."""
     at = text.find("\0")
     if at >= 0:
         yield f"{where}: holds a NUL character at position {at}"
@@ -106,11 +112,13 @@ def text_problems(where: str, text: str) -> Iterator[str]:
 
 
 def shown(value: Any) -> str:
+    """Show a value in a message, shortened."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def kind_of(value: Any) -> str:
+    """Name the kind of a value as a message does, with the value where it is short."""
     names = {
         type(None): "nothing",
         bool: "true or false",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from .request import Sampling
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .request import Sampling
 
 # Sorting a whole vocabulary costs more than the forward pass of a small model; the likeliest tokens
 # nearly always hold the mass that top_p asks for.
@@ -29,7 +34,7 @@ class Sampler:
         self.greedy = not penalties and (sampling.temperature == 0 or sampling.top_k == 1)
         """Whether it always is the likeliest token."""
 
-    def choose(self, logits: np.ndarray) -> int:
+    def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token.
 
         Args:
@@ -48,7 +53,7 @@ class Sampler:
         """Take note of a token of the answer that was chosen by `scores`."""
         self._counts[token] = self._counts.get(token, 0) + 1
 
-    def scores(self, logits: np.ndarray) -> np.ndarray:
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores whose largest, among the tokens that somebody else allows, is the next token.
 
         With Gumbel noise on the logits the largest is a draw from their distribution, whatever
@@ -74,7 +79,7 @@ class Sampler:
             noisy[tokens] += _AHEAD
         return noisy.astype(np.float32)
 
-    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+    def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         sampling = self._sampling
         if self._counts and (sampling.frequency_penalty or sampling.presence_penalty):
             logits = logits.astype(np.float32, copy=True)
@@ -83,7 +88,7 @@ class Sampler:
             logits[seen] -= sampling.frequency_penalty * times + sampling.presence_penalty
         return logits
 
-    def _draw(self, logits: np.ndarray) -> int:
+    def _draw(self, logits: NDArray[np.float32]) -> int:
         sampling = self._sampling
         scaled = logits.astype(np.float64) / sampling.temperature
         scaled -= scaled.max()
@@ -100,7 +105,7 @@ class Sampler:
         return at if tokens is None else int(tokens[at])
 
 
-def _likeliest(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+def _likeliest(weights: NDArray[np.float64], top_k: int, top_p: float) -> NDArray[np.int64]:
     """Tokens from the likeliest down: at most `top_k`, and no more than reach the mass `top_p`."""
     size = len(weights)
     wanted = min(top_k or size, size)
@@ -115,4 +120,5 @@ def _likeliest(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
         first = wanted
     if top_p < 1:
         tokens = tokens[: int(np.searchsorted(mass, top_p, side="left")) + 1]
-    return tokens
+    likeliest: NDArray[np.int64] = tokens
+    return likeliest

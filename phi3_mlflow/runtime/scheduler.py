@@ -6,13 +6,18 @@ There is no thread behind it: of the threads that wait for their tokens, one com
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .batch_graph import BatchGraph
-from .fair_lock import FairLock
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from .batch_graph import BatchGraph
+    from .fair_lock import FairLock
 
 # A sequence that was computed in the last step is waited for so long before the next one begins:
 # its thread is choosing the token.
@@ -29,37 +34,43 @@ class BatchSession:
         self.room = room
         self.length = 0
         self.slot: int | None = None
-        self.saved: list[np.ndarray] = []
+        self.saved: list[NDArray[np.float32]] = []
         self._scheduler = scheduler
-        self._logits = np.empty(0, dtype=np.float32)
+        self._logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
 
     @property
     def capacity(self) -> int:
+        """Tokens it has memory for now."""
         return self.length
 
     def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens and compute, together with what others ask for."""
         self._logits = self._scheduler.compute(self, tokens)
 
-    def logits(self) -> np.ndarray:
+    def logits(self) -> NDArray[np.float32]:
+        """Return the logits of the token that follows, shape (V,), float32."""
         return self._logits
 
     def follow(self, token: int | None) -> int:
+        """Append `token`, if there is one, and choose the likeliest one after it."""
         if token is not None:
             self.extend([token])
         return int(self._logits.argmax())
 
     def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
         self.length = length
 
     def rest(self, length: int) -> None:
+        """Leave the slot; of what was computed the first `length` tokens are kept."""
         self._scheduler.rest(self, length)
 
 
 @dataclass(eq=False)
 class _Job:
     session: BatchSession
-    tokens: np.ndarray
-    logits: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    tokens: NDArray[np.int64]
+    logits: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     error: BaseException | None = None
     done: bool = False
 
@@ -85,7 +96,7 @@ class BatchScheduler:
         self._someone_computes = False
         self._last_was_prompt = False
 
-    def compute(self, session: BatchSession, tokens: Sequence[int]) -> np.ndarray:
+    def compute(self, session: BatchSession, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to a session.
 
         Returns:
@@ -195,7 +206,7 @@ class BatchScheduler:
         # One more for a spare token, and one that slots beside those computed write behind theirs.
         self._graph.reserve(max(tokens, *seated.values(), 0) + 2, seated)
 
-    def _plan(self, jobs: list[_Job]) -> tuple[int, np.ndarray, list[int]]:
+    def _plan(self, jobs: list[_Job]) -> tuple[int, NDArray[np.int64], list[int]]:
         """First slot, tokens and lengths of a call."""
         longest = max(job.session.length + len(job.tokens) for job in jobs)
         self._reserve(longest)

@@ -30,6 +30,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
+        """Requests that wait for a place."""
         return len(self._queue)
 
     async def enter(self) -> None:

@@ -1,36 +1,42 @@
-"""The application: doors, guard, and what begins and ends with it."""
+"""The application: its endpoints and its guard, and what begins and ends with it."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from phi3_mlflow.server import mlflow_routes, openai_routes
 from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import RequestQueue
 from phi3_mlflow.server.guard import Guard
-from phi3_mlflow.server.holder import Holder
 from phi3_mlflow.server.metrics import CONTENT_TYPE, Metrics
-from phi3_mlflow.server.settings import ServerSettings
 from phi3_mlflow.server.tracing import Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+
+    from phi3_mlflow.server.holder import Holder
+    from phi3_mlflow.server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("static") / "chat.html"
 
 
 def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
-    """The server's application.
+    """Make the server's application.
 
     Args:
+        settings: how it behaves.
         holder: has a model loaded; follows its alias from the application's start to its end.
         uri: the model URI it was started with.
     """

@@ -7,20 +7,22 @@ is asked through `predict` and `predict_stream`; what these cannot do is refused
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.runtime import cancellation, live
 from phi3_mlflow.runtime import request as contract_rules
-from phi3_mlflow.runtime.answer import TokenLogprob
 from phi3_mlflow.runtime.text import StopFinder
 from phi3_mlflow.server.errors import ApiError
 
 if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Iterator, Mapping
+
     from mlflow.pyfunc import PyFuncModel
+
+    from phi3_mlflow.runtime.answer import TokenLogprob
 
 _AS_GOOD_AS_GREEDY = 1e-4
 _ANY_CONTEXT = 1 << 20  # such a model does not say how long its context is
@@ -75,7 +77,8 @@ def backend_of(model: PyFuncModel) -> Backend:
     from mlflow.exceptions import MlflowException
 
     try:
-        inner = model.unwrap_python_model()
+        wrapper: Any = model  # untyped there
+        inner = wrapper.unwrap_python_model()
     except MlflowException:  # not a Python model
         inner = None
     if inner is not None and hasattr(inner, "live"):
@@ -109,15 +112,19 @@ class FirstInterface:
         self.together: int = inner.together
 
     def parse(self, row: Mapping[str, Any], contract: str = "chat") -> Any:
+        """Check a request of the contract `chat` or `prompt`; errors carry `problems`."""
         return self._inner.parse(row, contract)
 
     def begin(self, wanted: Any) -> BackendReply:
+        """Take up a request that `parse` let through."""
         return _FirstReply(self._inner.begin(wanted))
 
     def kept_bytes(self) -> int:
+        """Bytes of key-value cache kept for next turns."""
         return int(self._inner.kept_bytes())
 
     def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, what this thread asks the model for ends soon after the event is set."""
         inner: contextlib.AbstractContextManager[None] = self._inner.abandoned_by(event)
         return inner
 
@@ -197,6 +204,12 @@ class MlflowChat:
         self._turn = threading.Lock()
 
     def parse(self, row: Mapping[str, Any], contract: str = "chat") -> _PlainRequest:
+        """Check a chat request.
+
+        Raises:
+            RequestError: a field is wrong, or such a model cannot honour it.
+            ApiError: the contract is not `chat`.
+        """
         if contract != "chat":
             raise ApiError(400, "prompt: this model answers chats only", "unsupported", "prompt")
         given = {key: value for key, value in row.items() if value is not None}
@@ -228,12 +241,15 @@ class MlflowChat:
         )
 
     def begin(self, wanted: _PlainRequest) -> _MlflowReply:
+        """Take up a request that `parse` let through."""
         return _MlflowReply(self._model, self._turn, wanted)
 
     def kept_bytes(self) -> int:
+        """Bytes kept for next turns: such a model keeps none that could be counted."""
         return 0
 
     def abandoned_by(self, event: threading.Event) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, what this thread asks the model for ends soon after the event is set."""
         return cancellation.abandoned_by(event)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from phi3_mlflow.server.exchange import RequestQueue
-from phi3_mlflow.server.holder import Holder
-from phi3_mlflow.server.metrics import Metrics
-from phi3_mlflow.server.settings import ServerSettings
-from phi3_mlflow.server.tracing import Tracer
+if TYPE_CHECKING:
+    from phi3_mlflow.server.exchange import RequestQueue
+    from phi3_mlflow.server.holder import Holder
+    from phi3_mlflow.server.metrics import Metrics
+    from phi3_mlflow.server.settings import ServerSettings
+    from phi3_mlflow.server.tracing import Tracer
 
 
 @dataclass(frozen=True)

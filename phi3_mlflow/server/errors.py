@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _TYPES = {
     400: "invalid_request_error",
@@ -47,6 +49,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
+        """Return the JSON body."""
         return {
             "error": {
                 "message": self.message,

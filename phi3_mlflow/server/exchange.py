@@ -11,18 +11,21 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-from starlette.requests import Request
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.server.admission import Admission
-from phi3_mlflow.server.backend import BackendPart, BackendReply
 from phi3_mlflow.server.errors import ApiError
-from phi3_mlflow.server.holder import Loaded
-from phi3_mlflow.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from starlette.requests import Request
+
+    from phi3_mlflow.server.backend import BackendPart, BackendReply
+    from phi3_mlflow.server.holder import Loaded
+    from phi3_mlflow.server.metrics import Metrics
 
 
 class ClientLeft(Exception):
@@ -69,6 +72,7 @@ class RequestQueue:
             exchange.close()
 
     def close(self) -> None:
+        """Take no more work, and wait for what is under way."""
         self.threads.shutdown(wait=True, cancel_futures=True)
 
 

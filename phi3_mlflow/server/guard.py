@@ -10,14 +10,18 @@ import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi3_mlflow.server.errors import ApiError, from_exception
-from phi3_mlflow.server.metrics import Metrics
 from phi3_mlflow.server.settings import ServerSettings, is_loopback
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from phi3_mlflow.server.metrics import Metrics
 
 log = logging.getLogger("phi3_mlflow.server")
 OPEN = ("/", "/ping", "/health", "/version")
@@ -46,6 +50,7 @@ class Guard:
         self._key = settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, if it may, and note what became of it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

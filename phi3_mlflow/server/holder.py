@@ -6,14 +6,17 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.server.backend import Backend, backend_of
+from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlflow import MlflowClient
     from mlflow.pyfunc import PyFuncModel
 
 log = logging.getLogger("phi3_mlflow.server")
@@ -47,14 +50,16 @@ class Loaded:
 
     @property
     def name(self) -> str:
+        """What clients call the model."""
         return self.target.name
 
     @property
     def version(self) -> str:
+        """Which version it is; see `Target.version`."""
         return self.target.version
 
 
-def resolve(uri: str, client: Any = None) -> Target:
+def resolve(uri: str, client: MlflowClient | None = None) -> Target:
     """Where a model URI points to at this moment.
 
     Raises:
@@ -69,8 +74,6 @@ def resolve(uri: str, client: Any = None) -> Target:
 
     name, alias, version = found.groups()
     if client is None:
-        from phi3_mlflow.tracking import registry
-
         client = registry.client()
     try:
         if alias is not None:
@@ -93,6 +96,7 @@ def load(target: Target, batch: int = 1) -> Loaded:
     """Load a model.
 
     Args:
+        target: what to load.
         batch: how many requests it computes together, if it can.
 
     Raises:
@@ -150,6 +154,7 @@ class Holder:
         self._thread.start()
 
     def stop(self) -> None:
+        """Follow the alias no more."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=2)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange
 from phi3_mlflow.server.guard import log_failure, read_body
 from phi3_mlflow.server.openai_routes import version_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlflow.pyfunc import PyFuncModel
+
+    from phi3_mlflow.server.context import ServerContext
 
 _KINDS = ("application/json", "text/csv")
 
 
 def router(context: ServerContext) -> APIRouter:
+    """Make the routes of MLflow's protocol."""
     routes = APIRouter()
 
     @routes.get("/ping")
@@ -84,12 +87,15 @@ def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
     from mlflow.pyfunc import scoring_server
 
     heard = _Listening(model)
+    server: Any = scoring_server  # untyped, and so is what it raises
+    metadata: Any = model.metadata
     try:
-        done = scoring_server.invocations(body, kind, heard, model.metadata.get_input_schema())
-    except MlflowException as error:
+        done = server.invocations(body, kind, heard, metadata.get_input_schema())
+    except MlflowException as raised:
+        error: Any = raised
         if heard.fault is not None:
             raise heard.fault from None
-        status = error.get_http_status_code()
+        status = int(error.get_http_status_code())
         if status >= 500:
             raise
         raise ApiError(status, heard.message or error.message, "invalid_value") from None

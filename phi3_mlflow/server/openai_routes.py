@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from phi3_mlflow.runtime.answer import AnswerBuilder, Choice, TokenLogprob
 from phi3_mlflow.runtime.openai_request import chat_row, completion_row
-from phi3_mlflow.server.backend import BackendPart, BackendReply
-from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange, RequestStats
 from phi3_mlflow.server.guard import json_only, log_failure, read_body
-from phi3_mlflow.server.holder import Loaded
 from phi3_mlflow.server.protocol import read_envelope
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from phi3_mlflow.server.backend import BackendPart, BackendReply
+    from phi3_mlflow.server.context import ServerContext
+    from phi3_mlflow.server.holder import Loaded
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Kind = Literal["chat", "text"]
 
 
 def router(context: ServerContext) -> APIRouter:
+    """Make the routes of OpenAI's protocol."""
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions")
@@ -51,6 +55,7 @@ def router(context: ServerContext) -> APIRouter:
 
 
 def version_of(loaded: Loaded) -> dict[str, str]:
+    """Return the header that says which version answers."""
     return {"x-model-version": loaded.version}
 
 

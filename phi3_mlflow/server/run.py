@@ -6,15 +6,20 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
 
 from phi3_mlflow.core.errors import EnvironmentProblem
-from phi3_mlflow.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from fastapi import FastAPI
+
+    from phi3_mlflow.server.settings import ServerSettings
 
 
 class Server(uvicorn.Server):
@@ -28,16 +33,19 @@ class Server(uvicorn.Server):
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop after the running answers; at the second signal at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM while the server runs, without raising them again."""
         before = {
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -53,6 +61,8 @@ def run(app: FastAPI, settings: ServerSettings, ready: Callable[[str], None]) ->
     """Serve until a signal comes; running answers are finished first.
 
     Args:
+        app: the application.
+        settings: where to listen, and how long answers may take.
         ready: called with the address when the server listens.
 
     Raises:

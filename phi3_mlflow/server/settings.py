@@ -5,12 +5,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from phi3_mlflow.core.errors import UserError, problem_list
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 KEY_VARIABLE = "PHI3_MLFLOW_API_KEY"
 DEBUG_VARIABLE = "PHI3_MLFLOW_SERVE_DEBUG"
@@ -51,6 +53,7 @@ class ServerSettings(BaseModel):
 
     @property
     def loopback_only(self) -> bool:
+        """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
     @classmethod

@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.server.exchange import RequestStats
-from phi3_mlflow.server.settings import Trace
+from phi3_mlflow.tracking.connection import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phi3_mlflow.server.exchange import RequestStats
+    from phi3_mlflow.server.settings import Trace
 
 log = logging.getLogger("phi3_mlflow.server")
 _MOST_PENDING = 1000
@@ -26,25 +31,29 @@ class Tracer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
         self._pending = 0
         if trace != "off":
-            from phi3_mlflow.tracking.connection import connect
-
             connect()
 
     @property
     def on(self) -> bool:
+        """Whether traces are written."""
         return self._trace != "off"
 
     @property
     def with_texts(self) -> bool:
+        """Whether they hold what was asked and said."""
         return self._trace == "full"
 
     def write(
-        self, name: str, model: str, stats: RequestStats, request: dict[str, Any], answer: str
+        self, name: str, model: str, stats: RequestStats, request: Mapping[str, Any], answer: str
     ) -> None:
         """Write a request that has just ended.
 
         Args:
-            request, answer: what was asked and said; left out unless the texts are wanted.
+            name: of the trace.
+            model: that answered.
+            stats: of the request.
+            request: what was asked; left out unless the texts are wanted.
+            answer: what was said; left out unless the texts are wanted.
         """
         if not self.on:
             return

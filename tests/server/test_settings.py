@@ -5,13 +5,13 @@ import pytest
 from phi3_mlflow.config.parameters import PARAMETERS
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.server.settings import KEY_VARIABLE, ServerSettings
-from phi3_mlflow.stages.serve import PARAMETERS as NAMES
+from phi3_mlflow.stages.serve import Serve
 
 KEY = "sixteen-letters-at-least"
 
 
 def _read(environment: dict[str, str] | None = None, **given: str) -> ServerSettings:
-    values = {name: PARAMETERS[name].default for name in NAMES}
+    values = {name: PARAMETERS[name].default for name in Serve.parameters}
     return ServerSettings.read(values | given, environment or {})
 
 

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT
-from phi3_mlflow.pipeline.command_line import command
-from phi3_mlflow.stages import serve
+from phi3_mlflow.pipeline.command_line import click_command
+from phi3_mlflow.stages.serve import COMMAND
 from tests.conftest import Workspace
 from tests.server.conftest import wait_for
 
@@ -25,8 +25,7 @@ FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def _invoke(*options: str) -> Any:
-    made = command("serve", serve.PARAMETERS, serve.__doc__, serve.main)
-    return CliRunner().invoke(made, list(options))
+    return CliRunner().invoke(click_command(COMMAND), list(options))
 
 
 @pytest.mark.parametrize(
