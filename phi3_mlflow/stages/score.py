@@ -187,7 +187,8 @@ def _dataset(file: Path, digest: str) -> Dataset:
         warnings.simplefilter("ignore")
         source = resolve_dataset_source(file.as_uri())
     kind: Any = MetaDataset  # a digest of MLflow's may have 36 characters
-    return kind(source, name=file.name, digest=digest[:32])
+    dataset: Dataset = kind(source, name=file.name, digest=digest[:32])
+    return dataset
 
 
 def summary(job: ScoringJob, done: ScoringSummary, run: StepRun) -> str:

@@ -271,11 +271,9 @@ def _alive(tags: Mapping[str, str]) -> bool:
 
     try:
         process = psutil.Process(int(tags["owner_pid"]))
-        return (
-            process.status() != psutil.STATUS_ZOMBIE
-            # The number may have gone to another process since.
-            and abs(process.create_time() - float(tags["owner_started"])) < 1
-        )
+        # The number may have gone to another process since.
+        same = abs(float(process.create_time()) - float(tags["owner_started"])) < 1
+        return same and str(process.status()) != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except (KeyError, ValueError, psutil.Error):
