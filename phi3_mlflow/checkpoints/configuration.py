@@ -126,10 +126,10 @@ def _relation_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("head_dim") is None and hidden % heads:
-        problems.append(f"config.json: hidden_size {hidden} is no multiple of {heads} heads")
+        problems.append(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
     if heads % key_value_heads(config):
         problems.append(
-            f"config.json: {heads} attention heads are no multiple of "
+            f"config.json: {heads} attention heads are not a multiple of "
             f"{key_value_heads(config)} key-value heads"
         )
     if head_size(config) % 2:
@@ -145,14 +145,14 @@ def _token_problems(config: Mapping[str, Any]) -> list[str]:
         for token in value if isinstance(value, list) else [value]:
             if token is not None and not (is_count(token) and token < config["vocab_size"]):
                 problems.append(
-                    f"config.json: {key} {_brief(token)} is no row of the embedding, which has "
+                    f"config.json: {key} {_brief(token)} is not a row of the embedding, which has "
                     f"{config['vocab_size']}"
                 )
     return problems
 
 
 def _rope_problems(config: Mapping[str, Any]) -> list[str]:
-    """Rotary scaling whose factors are not one for every pair of rotated elements."""
+    """Rotary scaling that does not have one factor per pair of rotated elements."""
     scaling = config.get("rope_scaling")
     if scaling is None:
         return []
@@ -168,7 +168,7 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
         if factors is None:
             continue
         if not isinstance(factors, list) or not all(map(_is_number, factors)):
-            problems.append(f"config.json: rope_scaling.{key} is no list of numbers")
+            problems.append(f"config.json: rope_scaling.{key} is not a list of numbers")
         elif len(factors) != pairs:
             problems.append(
                 f"config.json: rope_scaling.{key} has {len(factors)} factors, {pairs} are needed"

@@ -40,7 +40,7 @@ LARGEST_SMALL_FILE = 200_000_000
 
 
 def is_small(name: str) -> bool:
-    """Whether a file name is one of those, besides the weights, that are taken."""
+    """Whether a file is one of those that are taken besides the weights."""
     return name in _SMALL or is_licence(name)
 
 

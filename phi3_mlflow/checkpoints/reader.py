@@ -118,7 +118,7 @@ class CheckpointReader:
         """The same as `read`, as float32.
 
         Raises:
-            CheckpointRefused: the tensor is no float, or holds infinities or NaN.
+            CheckpointRefused: the tensor is not a float, or holds infinities or NaN.
         """
         import torch
 
@@ -135,7 +135,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint, as a dictionary.
 
     Raises:
-        CheckpointRefused: there is none, or it is no JSON object.
+        CheckpointRefused: there is none, or it is not a JSON object.
     """
     path = directory / "config.json"
     try:
@@ -143,7 +143,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointRefused(f"{directory}: there is no config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointRefused(f"{path} is no valid JSON: {error}") from error
+        raise CheckpointRefused(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointRefused(f"{path} holds no JSON object")
     return config

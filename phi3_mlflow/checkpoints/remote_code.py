@@ -64,7 +64,7 @@ def refuse_remote_code(configurations: Mapping[str, Any]) -> None:
 
 
 def remote_code_problems(configurations: Mapping[str, Any]) -> list[str]:
-    """One line for every reference to code."""
+    """One line per reference to code."""
     return [
         f"{file}: {place}"
         for file, content in configurations.items()
@@ -76,7 +76,7 @@ def drop_remote_code(directory: Path) -> dict[str, list[str]]:
     """Take references to code out of the configurations of a checkpoint.
 
     Args:
-        directory: the checkpoint; files that hold none stay as they are, byte by byte.
+        directory: the checkpoint; files that hold none stay as they are, byte for byte.
 
     Returns:
         What was taken out, by file name.

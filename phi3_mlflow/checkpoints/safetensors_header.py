@@ -43,7 +43,7 @@ DTYPE_BYTES: dict[str, int] = {
     "U64": 8,
     "F64": 8,
 }
-"""Bytes an element, by the format's name of the dtype. Types smaller than a byte are refused."""
+"""Bytes per element, by the format's name of the dtype. Types smaller than a byte are refused."""
 
 
 class TensorEntry(NamedTuple):
@@ -72,7 +72,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         The tensors by name, in the order in which they lie in the file.
 
     Raises:
-        CheckpointRefused: the file is no safetensors file, or its header lies; lists what is wrong.
+        CheckpointRefused: the file is not a safetensors file, or its header lies; the message
+            lists what is wrong.
     """
     header, data_start, file_size = _load(file)
     entries: dict[str, TensorEntry] = {}
@@ -112,7 +113,7 @@ def read_metadata(file: Path) -> dict[str, str]:
         The `__metadata__` of the header, empty when there is none.
 
     Raises:
-        CheckpointRefused: the file is no safetensors file.
+        CheckpointRefused: the file is not a safetensors file.
     """
     metadata = _load(file)[0].get(_METADATA, {})
     if problems := _metadata_problems(metadata):
@@ -127,7 +128,7 @@ def _load(file: Path) -> tuple[dict[str, Any], int, int]:
         stream.seek(0)
         if file_size < _LENGTH_BYTES:
             raise CheckpointRefused(
-                f"{file.name} is no safetensors file: it has {file_size} bytes, "
+                f"{file.name} is not a safetensors file: it has {file_size} bytes, "
                 f"the length of the header alone takes {_LENGTH_BYTES}"
             )
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")

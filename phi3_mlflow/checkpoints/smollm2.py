@@ -34,7 +34,7 @@ def convert_gguf(gguf_file: Path, out: Path) -> None:
             `generation_config.json` and the tokenizer files.
 
     Raises:
-        CheckpointRefused: the file is no GGUF file, or of another architecture or vocabulary.
+        CheckpointRefused: the file is not a GGUF file, or of another architecture or vocabulary.
     """
     from gguf import GGUFReader
 

@@ -25,7 +25,7 @@ def tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> list[str]:
         config: a sound configuration; its `vocab_size` is the number of rows of the embedding.
 
     Returns:
-        One line for every problem.
+        One line per problem.
     """
     if not (directory / TOKENIZER).is_file():
         return [f"{TOKENIZER} is missing"]
@@ -36,7 +36,7 @@ def tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> list[str]:
     rows, problems = config["vocab_size"], []
     for place, ids in found:
         if bad := [value for value in ids if not is_count(value)]:
-            problems.append(f"{place}: {bad[0]!r} is no token id")
+            problems.append(f"{place}: {bad[0]!r} is not a token id")
             continue
         highest = max(ids, default=-1)
         if highest >= rows:
@@ -76,7 +76,7 @@ def _token_ids(directory: Path) -> Iterator[tuple[str, list[Any]]]:
         raise CheckpointRefused(f"{TOKENIZER} has no vocabulary")
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise CheckpointRefused(f"{TOKENIZER}: added_tokens is no list of tokens")
+        raise CheckpointRefused(f"{TOKENIZER}: added_tokens is not a list of tokens")
     yield f"{TOKENIZER}, added_tokens", [token.get("id") for token in added]
     for name in ("added_tokens.json", "vocab.json"):
         if (directory / name).is_file():

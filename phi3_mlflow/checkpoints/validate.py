@@ -108,7 +108,7 @@ def _refused(directory: Path, problems: list[str]) -> CheckpointRefused:
 
 
 def _file_problems(directory: Path) -> list[str]:
-    """Links, code, pickles, and what is no regular file, at any depth."""
+    """Links, code, pickles, and what is not a regular file, at any depth."""
     problems = []
     for parent, folders, files in os.walk(directory, followlinks=False):
         for name in sorted([*folders, *files]):
@@ -142,7 +142,7 @@ def _config(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _configurations(directory: Path) -> dict[str, Any]:
-    """The other configurations too; what is no JSON is reported by who needs it."""
+    """The other configurations too; what is not JSON is reported by who needs it."""
     found = {}
     for name in CONFIGURATIONS:
         if (directory / name).is_file():

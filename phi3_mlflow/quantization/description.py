@@ -1,4 +1,4 @@
-"""What lies beside the tensors of a quantized checkpoint: its config, and the tokenizer's files."""
+"""Write what a quantized checkpoint holds besides tensors: its config and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_config(
     """Write `config.json` with the `quantization_config` that says how to read the tensors.
 
     Matrices that differ from the model-wide bits and group size are named in `dynamic`, as
-    GPTQModel writes it: regular expressions after `+:`, first match wins.
+    GPTQModel writes it: regular expressions after `+:`, and the first that matches wins.
     """
     bits4 = [step for step in plan.linears() if step.bits == 4]
     quantization = {

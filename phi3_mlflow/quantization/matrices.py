@@ -18,13 +18,22 @@ if TYPE_CHECKING:
     from phi3_mlflow.quantization.plan import CopyPlan, LinearPlan
     from phi3_mlflow.quantization.rounding import Rounded
 
-# Weights that are rounded at a time. A megabyte of float32 stays in the processor's cache through
+# Weights that are rounded together. A megabyte of float32 stays in the processor's cache through
 # the search's many passes, which makes it more than twice as fast as chunks that do not fit.
 CHUNK_WEIGHTS = 262_144
 
 
 def write_linear(writer: CheckpointWriter, plan: LinearPlan, rounded: Rounded) -> int:
-    """Pack a rounded matrix and write its four tensors; returns the bytes."""
+    """Pack a rounded matrix and write its four tensors.
+
+    Args:
+        writer: gets the tensors, in GPTQ's layout.
+        plan: what the matrix becomes.
+        rounded: its codes, scales and zero points.
+
+    Returns:
+        The bytes written.
+    """
     qweight = pack_gptq_weight(rounded.codes, plan.bits)
     qzeros = pack_gptq_zeros(rounded.zeros, plan.bits)
     return _write_packed(writer, plan, qweight, qzeros, rounded.scales)
@@ -37,7 +46,18 @@ def stream_linear(
     writer: CheckpointWriter,
     meter: Meter,
 ) -> int:
-    """Round a matrix some rows at a time and write it; returns the bytes."""
+    """Round a matrix a few rows at a time and write it.
+
+    Args:
+        reader: holds the float matrix (N, K).
+        plan: what it becomes.
+        rounder: `rtn` or `k_quant`, called with float32 rows, bits, block size and symmetry.
+        writer: gets the four tensors, in GPTQ's layout.
+        meter: told the bytes of the source that are done.
+
+    Returns:
+        The bytes written.
+    """
     per_word = 32 // plan.bits
     qweight = torch.empty((plan.columns // per_word, plan.rows), dtype=torch.int32)
     qzeros = torch.empty((plan.blocks, plan.rows // per_word), dtype=torch.int32)
@@ -59,7 +79,11 @@ def stream_linear(
 def copy_tensor(
     reader: CheckpointReader, step: CopyPlan, writer: CheckpointWriter, meter: Meter
 ) -> int:
-    """Copy a tensor as it is; returns its bytes."""
+    """Copy a tensor as it is.
+
+    Returns:
+        The bytes written.
+    """
     size = writer.write(step.name, reader.read(step.name))
     meter.advance(size)
     return size

@@ -61,7 +61,7 @@ class LinearPlan:
 
     @property
     def blocks(self) -> int:
-        """Blocks in a row."""
+        """Blocks per row."""
         return self.columns // self.block_size
 
     def announced(self) -> dict[str, Announced]:
@@ -77,7 +77,7 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """A tensor that is copied as it is (or, for norms, with a factor folded in)."""
+    """A tensor that is copied as it is: the norms, and an embedding that stays float."""
 
     name: str
     tensor: Announced
@@ -119,7 +119,7 @@ class QuantizationPlan:
 def make_plan(
     config: Mapping[str, Any], reader: CheckpointReader, settings: QuantizationSettings
 ) -> QuantizationPlan:
-    """QuantizationPlan the quantization of a Phi-3 checkpoint.
+    """QuantizationPlan the quantization of a Phi-3 checkpoint; reads the headers and no weights.
 
     Args:
         config: its `config.json`.
@@ -148,7 +148,7 @@ def make_plan(
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Refuse what is no `Phi3ForCausalLM`.
+    """Refuse what is not a `Phi3ForCausalLM`.
 
     Raises:
         CheckpointRefused: another architecture, or a needed key is missing.

@@ -49,7 +49,7 @@ def needs(checkpoint: Path, settings: QuantizationSettings) -> Needs:
         settings: the choices.
 
     Raises:
-        CheckpointRefused: the checkpoint is no float Phi-3.
+        CheckpointRefused: the checkpoint is not a float Phi-3.
         UserError: the settings do not fit it.
     """
     config = read_config(checkpoint)
@@ -88,7 +88,7 @@ def preflight(
 
     Raises:
         EnvironmentProblem: there is too little; the message says how much and what to do.
-        CheckpointRefused: the checkpoint is no float Phi-3.
+        CheckpointRefused: the checkpoint is not a float Phi-3.
         UserError: the settings do not fit it.
     """
     needed = needs(checkpoint, settings)
@@ -120,7 +120,7 @@ def preflight(
 
 
 def _onnx_bytes(step: LinearPlan | CopyPlan, plan: QuantizationPlan) -> int:
-    """The size of what a step becomes in the ONNX file."""
+    """Bytes of what a step becomes in the ONNX file."""
     if isinstance(step, LinearPlan):
         weights = step.rows * step.columns * step.bits // 8
         scales = step.rows * step.blocks * 4
@@ -134,7 +134,7 @@ def _onnx_bytes(step: LinearPlan | CopyPlan, plan: QuantizationPlan) -> int:
 def _calibration_bytes(
     reader: CheckpointReader, plan: QuantizationPlan, settings: GptqSettings
 ) -> int:
-    """A layer in float32 and its codes, second moments with scratch, and the texts' activations."""
+    """Bytes for a float32 layer and its codes, second moments with scratch, and activations."""
     layer = [step for step in plan.linears() if step.layer == 0]
     weights = sum(step.rows * step.columns for step in layer)
     widest = max(step.columns for step in layer)

@@ -46,7 +46,7 @@ def quantize_checkpoint(
         progress: told the bytes of every tensor that is done.
 
     Raises:
-        CheckpointRefused: the checkpoint is no float Phi-3 or is damaged.
+        CheckpointRefused: the checkpoint is not a float Phi-3 or is damaged.
         UserError: the settings do not fit the model.
     """
     started = time.monotonic()

@@ -41,7 +41,15 @@ def make_report(
     bytes_out: int,
     seconds: float,
 ) -> QuantizationReport:
-    """Sum up what a plan has come to."""
+    """Sum up what a plan has come to.
+
+    Args:
+        plan: what became of the tensors.
+        settings: the choices.
+        bytes_in: of tensors read.
+        bytes_out: of tensors written.
+        seconds: wall time.
+    """
     counts = {4: 0, 8: 0}
     packed = 0
     for step in plan.linears():

@@ -67,7 +67,7 @@ class Ranking:
         """The best candidate within the budget.
 
         Raises:
-            UserError: there is none; the message says what each lacks.
+            UserError: there is none; the message says what each one lacks.
         """
         first = self.candidates[0]
         if first.reasons:

@@ -18,10 +18,17 @@ from phi3_mlflow.quantization.settings import (
 class Budget(Section):
     """What a candidate must keep to; None does not limit."""
 
-    data_bytes: int | None = Field(default=None, gt=0, description="of model.onnx.data at most")
-    tokens_per_second: float | None = Field(default=None, ge=0, description="at least")
-    kl_mean: float | None = Field(default=None, ge=0, description="at most")
-    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="at least")
+    data_bytes: int | None = Field(
+        default=None, gt=0, description="bytes of model.onnx.data at most"
+    )
+    tokens_per_second: float | None = Field(default=None, ge=0, description="decode speed at least")
+    kl_mean: float | None = Field(default=None, ge=0, description="mean divergence at most")
+    top1_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of places with the same likeliest token, at least",
+    )
 
 
 def _default_candidates() -> dict[str, QuantizationSettings]:
@@ -43,4 +50,4 @@ class SearchSettings(Section):
     ] = Field(
         default_factory=_default_candidates, min_length=1, description="name: quantization settings"
     )
-    budget: Budget = Budget()
+    budget: Budget = Field(default=Budget(), description="what the candidate kept must keep to")

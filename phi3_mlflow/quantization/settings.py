@@ -139,7 +139,7 @@ class AlgorithmSettings(Section):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        """What of the settings does not go together."""
+        """The settings that do not go together, one sentence each."""
         yield from ()
 
     def is_symmetric(self) -> bool:

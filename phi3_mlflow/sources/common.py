@@ -120,7 +120,8 @@ def exclusive(downloads: Path, deadline: Deadline, what: str) -> Iterator[Path]:
     """Hold the downloads directory of one source; a second fetch of the same waits here.
 
     Yields:
-        The directory, made. The lock beside it goes with the process, however it ends.
+        The directory, which exists then. The lock next to it goes with the process, however that
+        ends.
     """
     from filelock import FileLock, Timeout
 

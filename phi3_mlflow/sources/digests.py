@@ -70,8 +70,8 @@ def mismatch(what: str, expected: Expected, found: FileDigest, blob: str | None 
 class DigestingFile:
     """A file being written whose digests are known the moment the last byte is.
 
-    Hashing runs in a thread of its own beside the writing (hashlib and write both let go of the
-    interpreter lock), so it costs time only where it is slower than the disk or the network.
+    Hashing runs in a thread of its own while the file is written (hashlib and write both release
+    the interpreter lock), so it costs time only where it is slower than the disk or the network.
     """
 
     def __init__(self, stream: BinaryIO, git_size: int | None = None) -> None:

@@ -139,7 +139,7 @@ def resolve_revision(
                 return resolve_local(spec, base_dir or Path())
             case MlflowSource():
                 return resolve_mlflow(spec)
-    raise TypeError(f"{type(spec).__name__} is no source")
+    raise TypeError(f"{type(spec).__name__} is not a source")
 
 
 def size_of_source(
@@ -197,7 +197,7 @@ def _fetch(spec: SourceSpec, job: Job) -> FetchedSource:
             return fetch_local(spec, job)
         case MlflowSource():
             return fetch_mlflow(spec, job)
-    raise TypeError(f"{type(spec).__name__} is no source")
+    raise TypeError(f"{type(spec).__name__} is not a source")
 
 
 def _checked(fetched: FetchedSource, job: Job) -> FetchedSource:

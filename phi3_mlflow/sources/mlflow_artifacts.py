@@ -186,7 +186,7 @@ def _download(repository: ArtifactRepository, path: str, place: Path, target: Pa
     came = repository.download_artifacts(path, dst_path=str(landing))  # type: ignore[no-untyped-call, unused-ignore]
     got = Path(came)
     if got.is_symlink() or not got.is_file():
-        raise CheckpointRefused(f"{path} is a link or no regular file")
+        raise CheckpointRefused(f"{path} is a link or not a regular file")
     result = target / got.name
     if got.resolve().is_relative_to(place.resolve()):
         got.replace(result)

@@ -51,7 +51,7 @@ class Deadline:
     """The total time a fetch may take."""
 
     def __init__(self, limit_s: float | None, policy: RetryPolicy) -> None:
-        """Start counting; None is no limit."""
+        """Start counting the seconds; None sets no limit."""
         self.limit_s = limit_s
         self._clock = policy.clock
         self._end = None if limit_s is None else policy.clock() + limit_s

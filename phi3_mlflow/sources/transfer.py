@@ -124,7 +124,7 @@ class Transfer:
         if expected.size is None:
             raise ValueError("the size of a download must be known")
         mismatches = 0
-        # A server that cuts after every few bytes must not be followed for ever.
+        # A server that cuts after every few bytes must not be followed forever.
         enough = min(1 << 20, max(1, expected.size // 100))
 
         def attempt() -> FileDigest:
@@ -289,7 +289,7 @@ class Transfer:
             return self._client.send(request, stream=True)
         except httpx.TransportError as error:
             if isinstance(error, httpx.UnsupportedProtocol):
-                raise EnvironmentProblem(f"{what}: {shown(url)} is no HTTP address") from None
+                raise EnvironmentProblem(f"{what}: {shown(url)} is not an HTTP address") from None
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise EnvironmentProblem(
                     f"{what}: the certificate of {shown(url)} is not trusted. When a proxy of "

@@ -97,7 +97,7 @@ def test_what_transformers_saves_passes(tmp_path: Path, architecture: str) -> No
         ({"_attn_implementation": "owner/kernel"}, "_attn_implementation"),
         ({"rope_scaling": "longrope"}, "rope_scaling is 'longrope'"),
         ({"rope_scaling": {"short_factor": [1.0] * 7}}, "short_factor has 7 factors, 8 are needed"),
-        ({"rope_scaling": {"long_factor": ["1"] * 8}}, "long_factor is no list of numbers"),
+        ({"rope_scaling": {"long_factor": ["1"] * 8}}, "long_factor is not a list of numbers"),
         ({"rope_scaling": {}, "partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
         ({"hidden_size": 128}, "needs (2048, 128), found (2048, 64)"),
         ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight' of shape (64,)"),
@@ -237,7 +237,7 @@ def tokenizer(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (
             "tokenizer.json",
             tokenizer(lambda t: t["model"]["vocab"].update(t1="1")),
-            "'1' is no token id",
+            "'1' is not a token id",
         ),
         ("tokenizer.json", tokenizer(lambda t: t["model"]["vocab"].update(t1=2)), "the same id"),
         (
@@ -247,9 +247,9 @@ def tokenizer(change: Callable[[dict[str, Any]], Any]) -> bytes:
         ),
         ("tokenizer.json", tokenizer(lambda t: t.update(added_tokens=[1])), "no list of tokens"),
         ("added_tokens.json", b'{"<|x|>": 5000}', "added_tokens.json: token ids up to 5000"),
-        ("vocab.json", b'{"x": -1}', "vocab.json: -1 is no token id"),
-        ("vocab.json", b'{"x": ""}', "vocab.json: '' is no token id"),
-        ("vocab.json", b'{"x": null}', "vocab.json: None is no token id"),
+        ("vocab.json", b'{"x": -1}', "vocab.json: -1 is not a token id"),
+        ("vocab.json", b'{"x": ""}', "vocab.json: '' is not a token id"),
+        ("vocab.json", b'{"x": null}', "vocab.json: None is not a token id"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": {"7000": {"content": "x"}}}',
