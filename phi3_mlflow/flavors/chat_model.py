@@ -1,7 +1,7 @@
 """The models-from-code file of the chat contract.
 
 MLflow runs it to get at the model. It is copied into the logged model, with the folder `runtime`
-beside it. MLflow's own way to bring modules along, `code_paths`, puts them on `sys.path` under
+next to it. MLflow's own way to bring modules along, `code_paths`, puts them on `sys.path` under
 their plain names, so a process that loads two versions of a model (a champion and its challenger)
 would run the code of the first for both. Here each load gets modules of its own.
 """

@@ -57,8 +57,8 @@ def log_onnx(
         params: of the LoggedModel.
         input_example: a request; default: one of the contract's own.
         pip_requirements: default: `bundle.requirements("onnx")`.
-        model_card: a text, kept as model_card.md beside the model.
-        license_text: a text, kept as LICENSE.txt beside the model.
+        model_card: a text, kept as model_card.md with the model.
+        license_text: a text, kept as LICENSE.txt with the model.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.

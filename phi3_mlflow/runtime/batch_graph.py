@@ -2,7 +2,7 @@
 
 onnxruntime-genai's own generators take the prompts of a batch all at once at its beginning, so
 nobody could join later or keep what was computed. Here onnxruntime runs the same graph on memory
-that this module owns: one slot a sequence, each with a length of its own, which is what the
+that this module owns: one slot per sequence, each with a length of its own, which is what the
 operator GroupQueryAttention takes (`attention_mask` gives the lengths, padded on the right).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .genai_config import Decoder
 
-# Memory grows in steps of this many tokens a slot, and by half at least.
+# Memory grows in steps of this many tokens per slot, and at least by half.
 _STEP = 256
 _PAGE = mmap.PAGESIZE
 
@@ -38,7 +38,7 @@ class BatchGraph:
 
     Kernels compute an even number of slots two by two, and a last odd one by itself, which rounds
     differently. Every call therefore has an even number of slots, a spare one among them if need
-    be: so what comes out for a sequence is the same to the last bit whatever is computed beside it.
+    be: so what comes out for a sequence is the same to the last bit whatever is computed with it.
 
     Args:
         folder: holds genai_config.json and the graph it names.

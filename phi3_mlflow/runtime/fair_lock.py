@@ -2,7 +2,7 @@
 
 The engines hold Python's interpreter lock, or all cores, while they compute. Requests that run at
 the same time therefore take turns, one piece of work (a token, or a chunk of a prompt) each, in
-the order in which they ask: a short request gets every second turn beside one long request, and
+the order in which they ask: a short request gets every second turn while one long request runs, and
 waits at most one piece of work for it, however long the long one is.
 """
 

@@ -21,7 +21,7 @@ class LogprobCollector:
     stop text is held back, and so are its tokens; those of a stop text are never given out.
 
     Args:
-        top: likeliest tokens to report beside each one that was chosen.
+        top: likeliest tokens to report with each one that was chosen.
         spell: the bytes of a token.
     """
 

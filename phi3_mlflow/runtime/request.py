@@ -90,7 +90,7 @@ def input_rows(model_input: Any) -> list[dict[str, Any]]:
             list of dicts.
 
     Returns:
-        One dict a request, numpy values made plain, absent values (None, NaN) left out.
+        One dict per request, numpy values made plain, absent values (None, NaN) left out.
     """
     if hasattr(model_input, "to_dict") and hasattr(model_input, "columns"):
         records = model_input.to_dict(orient="records")

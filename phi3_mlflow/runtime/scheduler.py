@@ -203,7 +203,7 @@ class BatchScheduler:
 
     def _reserve(self, tokens: int) -> None:
         seated = {slot: there.length for slot, there in enumerate(self._slots) if there is not None}
-        # One more for a spare token, and one that slots beside those computed write behind theirs.
+        # One more for a spare token, and one that the other slots write behind theirs.
         self._graph.reserve(max(tokens, *seated.values(), 0) + 2, seated)
 
     def _plan(self, jobs: list[_Job]) -> tuple[int, NDArray[np.int64], list[int]]:

@@ -1,6 +1,6 @@
 """The text of tokens, from tokenizer.json.
 
-onnxruntime-genai 0.18 loses the text that follows bytes which are no character (a cut emoji, or
+onnxruntime-genai 0.18 loses the text that follows bytes that form no character (a cut emoji, or
 sampling at a high temperature): from `decode` all of the rest, from its stream some letters. So the
 bytes of each token are taken from the vocabulary here, and both engines read answers alike.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SPACE = "▁"  # how SentencePiece writes a space
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how it writes a byte that is no character
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how it writes a byte that is not a character
 
 
 class Vocabulary:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("phi3_mlflow.server")
 OPEN = ("/", "/ping", "/health", "/version")
 """What is answered without a key: nothing of the model's."""
-_DOORS = (
+_ENDPOINTS = (
     *OPEN, "/metrics", "/invocations", "/v1/models", "/v1/completions", "/v1/chat/completions",
 )  # fmt: skip
 _BODY_S = 30.0  # within which a body has to arrive
@@ -108,14 +108,14 @@ class Guard:
 
     def _note(self, scope: Scope, ident: str, seen: _Seen, seconds: float) -> None:
         # Neither query nor unknown paths: there may be anything in them.
-        door = scope["path"] if scope["path"] in _DOORS else "other"
+        endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
         status = seen.status or 499  # the client left before anything was said
-        self._metrics.requests.labels(door, str(status)).inc()
+        self._metrics.requests.labels(endpoint, str(status)).inc()
         if status < 400:
-            self._metrics.seconds.labels(door).observe(seconds)
+            self._metrics.seconds.labels(endpoint).observe(seconds)
         log.info(
             "%s %s %s %.3fs version=%s %s",
-            scope["method"] if scope["method"].isalpha() else "?", door, status, seconds,
+            scope["method"] if scope["method"].isalpha() else "?", endpoint, status, seconds,
             seen.version, ident,
         )  # fmt: skip
 

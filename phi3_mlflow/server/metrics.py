@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "phi3_requests", "Requests by door and status", ["endpoint", "status"],
+            "phi3_requests", "Requests by endpoint and status", ["endpoint", "status"],
             registry=self.registry,
         )  # fmt: skip
         self.seconds = Histogram(

@@ -109,7 +109,7 @@ class _Listening:
 
     Attributes:
         message: what it had to say about the request, before it was wrapped.
-        fault: an exception that is no statement about the request.
+        fault: an exception that says nothing about the request.
     """
 
     def __init__(self, model: PyFuncModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,73 +12,9 @@ from mlflow.pyfunc import PyFuncModel
 
 from phi3_mlflow.flavors.onnx import log_onnx
 from phi3_mlflow.flavors.transformers import log_transformers
-from phi3_mlflow.genai.export import export_onnx
-from tests.fixtures.tiny_phi3 import make_tiny
+from tests.fixtures.tiny_checkpoints import checkpoint, onnx_dir, twice_bos, windowed
 
-CONTEXT = 6144
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Phi-3 with room for more than 4,096 tokens."""
-    return make_tiny(
-        tmp_path_factory.mktemp("chat") / "checkpoint",
-        sliding_window=None,
-        max_position_embeddings=CONTEXT,
-    )
-
-
-@pytest.fixture(scope="session")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the attention window of Phi-3-mini-4k, in every layer."""
-    return make_tiny(
-        tmp_path_factory.mktemp("windowed") / "checkpoint",
-        max_position_embeddings=CONTEXT,
-        layer_types=["sliding_attention"] * 2,
-    )
-
-
-@pytest.fixture(scope="session")
-def longrope(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LongRoPE model that changes its factors beyond 32 tokens."""
-    return make_tiny(tmp_path_factory.mktemp("longrope") / "checkpoint", "phi-3-mini-128k")
-
-
-@pytest.fixture(scope="session")
-def twice_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose template writes the first token and whose tokenizer adds it as well."""
-    folder = make_tiny(tmp_path_factory.mktemp("bos") / "checkpoint")
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + template)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
-    file.write_text(json.dumps(tokenizer))
-    return folder
-
-
-def exported(checkpoint: Path) -> Path:
-    """The fp32 export of a tiny checkpoint, made once."""
-    folder = checkpoint.with_name("onnx")
-    if not folder.exists():
-        export_onnx(checkpoint, folder, precision="fp32")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def onnx_dir(checkpoint: Path) -> Path:
-    return exported(checkpoint)
+__all__ = ["checkpoint", "onnx_dir", "twice_bos", "windowed"]
 
 
 @pytest.fixture(scope="session")

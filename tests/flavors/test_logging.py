@@ -188,7 +188,7 @@ def test_values_of_model_config_can_be_overridden_at_load_time(onnx_info: Any) -
 
 
 def test_a_model_with_the_window_of_phi_3_answers_beyond_it(windowed: Path) -> None:
-    from tests.flavors.conftest import exported
+    from tests.fixtures.tiny_checkpoints import exported
 
     info = log_onnx(exported(windowed), name="windowed", model_config={"threads": 1})
     torch = log_transformers(windowed, name="windowed", dtype="float32")
@@ -200,7 +200,7 @@ def test_a_model_with_the_window_of_phi_3_answers_beyond_it(windowed: Path) -> N
 
 def test_a_second_turn_says_what_a_cold_model_says(model: PyFuncModel) -> None:
     """Also after other conversations, other lengths and other sampling have used the cache."""
-    front = model.unwrap_python_model()
+    python_model = model.unwrap_python_model()
     said = [{"role": "user", "content": "Tell me of the harbour. " * 20}]
     for turn in range(2):
         wanted = {"messages": said, "max_tokens": 5 + turn}
@@ -208,7 +208,7 @@ def test_a_second_turn_says_what_a_cold_model_says(model: PyFuncModel) -> None:
         model.predict({**wanted, "temperature": 1.0, "n": 2})
         model.predict({**SPAIN, "max_tokens": 3})
         assert model.predict(wanted)["choices"] == warm["choices"]
-        kept = front.answerer.prefixes
+        kept = python_model.answerer.prefixes
         kept._kept.clear()
         assert model.predict(wanted)["choices"] == warm["choices"]
         said = [*said, {"role": "assistant", "content": _text(warm)}]
@@ -385,3 +385,16 @@ def test_values_that_are_not_known_are_refused(onnx_dir: Path, checkpoint: Path)
         log_onnx(onnx_dir, name="x", model_config={"thread": 1})
     with pytest.raises(UserError, match="dtype: 'int8' is not one of float32"):
         log_transformers(checkpoint, name="x", dtype="int8")
+
+
+def test_batch_is_a_value_of_model_config(onnx_dir: Path) -> None:
+    info = log_onnx(onnx_dir, name="tiny", model_config={"threads": 1})
+    loaded = mlflow.pyfunc.load_model(info.model_uri, model_config={"batch": 2})
+    model = loaded.unwrap_python_model()
+    assert type(model.answerer.engine).__name__ == "BatchEngine"
+    asked = [
+        {"messages": [{"role": "user", "content": text}], "max_tokens": 5}
+        for text in ("one", "two", "three")
+    ]
+    answers = loaded.predict(asked)
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 5, 5]

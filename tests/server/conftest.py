@@ -19,7 +19,7 @@ from phi3_mlflow.server.app import create_app
 from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.holder import Holder, Loaded, Target
 from phi3_mlflow.server.settings import ServerSettings
-from tests.flavors.scripted import ScriptedEngine, front
+from tests.runtime.scripted import ScriptedEngine, model_on
 
 PATIENCE = 20.0
 
@@ -99,7 +99,9 @@ def scripted(
     script: str = "", on_extend: Callable[[Any], None] | None = None, **settings: Any
 ) -> Iterator[Running]:
     """A server whose model says `script`, or never ends."""
-    with running(fixed(front(ScriptedEngine(script, on_extend), model_name="m")), **settings) as up:
+    with running(
+        fixed(model_on(ScriptedEngine(script, on_extend), model_name="m")), **settings
+    ) as up:
         yield up
 
 

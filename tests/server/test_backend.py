@@ -13,7 +13,7 @@ from phi3_mlflow.runtime import live
 from phi3_mlflow.runtime.cancellation import Abandoned
 from phi3_mlflow.server.backend import Backend, FirstInterface, MlflowChat, backend_of
 from phi3_mlflow.server.holder import Loaded, Target
-from tests.flavors.scripted import ScriptedEngine, front
+from tests.runtime.scripted import ScriptedEngine, model_on
 from tests.server.conftest import fixed, running
 
 ASKED = {
@@ -67,7 +67,7 @@ class _Inner:
 
 def _model(interface: int) -> Any:
     engine = ScriptedEngine("Good day.")
-    answerer = front(engine, model_name="m").answerer
+    answerer = model_on(engine, model_name="m").answerer
     assert answerer is not None
     made = {1: _FirstLive, 2: live.Live}[interface](answerer)
     return _Wrapped(_Inner(made))
@@ -114,7 +114,7 @@ def test_a_model_of_version_0_1_is_served_like_any_other(streamed: bool) -> None
     for interface in (1, 2):
         backend = backend_of(_model(interface))
         loaded = Loaded(Target("m", "1", "models:/m/1"), None, backend, 0.0)
-        holder = fixed(front(ScriptedEngine("x")))
+        holder = fixed(model_on(ScriptedEngine("x")))
         holder.current = loaded
         with running(holder) as up:
             answer = up.http().post("/v1/chat/completions", json={**ASKED, "stream": streamed})

@@ -13,7 +13,7 @@ import pytest
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.server.holder import Holder, Loaded, Target, resolve
 from tests.conftest import Workspace
-from tests.flavors.scripted import ScriptedEngine, front
+from tests.runtime.scripted import ScriptedEngine, model_on
 from tests.server.conftest import Gate, loaded, running, wait_for
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -41,7 +41,7 @@ class Registry:
             raise OSError("/secret/path is damaged")
         engine = ScriptedEngine(f"Version {target.version}.", self.gate)
         self.alive.append(weakref.ref(engine))
-        return loaded(front(engine, model_name="m"), target.version)
+        return loaded(model_on(engine, model_name="m"), target.version)
 
     def holder(self) -> Holder:
         return Holder(self.resolve, self.load, follow_s=0.02)

@@ -74,7 +74,7 @@ def transformers(place: Workspace, checkpoint: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def plain(place: Workspace, checkpoint: Path) -> Iterator[Running]:
-    """What MLflow's own `log_model` leaves, without this project's front."""
+    """What MLflow's own `log_model` leaves, without this project's runtime."""
     logged = mlflow.transformers.log_model(
         transformers_model=str(checkpoint), name="plain", task="llm/v1/chat",
         torch_dtype=torch.float32, pip_requirements=["mlflow"],

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from phi3_mlflow.runtime.openai_request import chat_row, completion_row
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.protocol import read_envelope
-from tests.flavors.scripted import ScriptedEngine, front
+from tests.runtime.scripted import ScriptedEngine, model_on
 
-LIVE = front(ScriptedEngine("x")).live()
+LIVE = model_on(ScriptedEngine("x")).live()
 FIELDS = (
     "model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k", "n",
     "stop", "seed", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",

@@ -14,7 +14,7 @@ from phi3_mlflow.flavors.onnx import rope_switch
 from phi3_mlflow.runtime.engine import Engine, EngineSettings, cuts
 from phi3_mlflow.runtime.engine_genai import GenaiEngine
 from phi3_mlflow.runtime.engine_torch import TorchEngine
-from tests.flavors.conftest import CONTEXT, exported
+from tests.fixtures.tiny_checkpoints import CONTEXT, exported
 
 CLOSE = 2e-3  # float32 sums in another order, over thousands of positions
 

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.flavors.onnx import log_onnx, rope_switch
+from phi3_mlflow.flavors.onnx import rope_switch
 from phi3_mlflow.runtime.answerer import Answerer
 from phi3_mlflow.runtime.batch_graph import BatchGraph
 from phi3_mlflow.runtime.cancellation import Abandoned, abandoned_by
@@ -27,8 +26,8 @@ from phi3_mlflow.runtime.engines import onnx_engine
 from phi3_mlflow.runtime.model_config import ModelConfig
 from phi3_mlflow.runtime.python_model import ChatPythonModel
 from phi3_mlflow.runtime.scheduler import BatchSession
-from tests.flavors.conftest import CONTEXT, exported
-from tests.flavors.test_engines import CLOSE, _reference, _tokens
+from tests.fixtures.tiny_checkpoints import CONTEXT, exported
+from tests.runtime.test_engines import CLOSE, _reference, _tokens
 
 ROWS = 4
 
@@ -39,10 +38,10 @@ def _engine(checkpoint: Path, **more: Any) -> BatchEngine:
     return BatchEngine(onnx_dir, settings)
 
 
-def _front(engine: BatchEngine, **config: Any) -> ChatPythonModel:
-    front = ChatPythonModel()
-    front.answerer = Answerer(engine, ModelConfig(batch=ROWS, **config))
-    return front
+def _model(engine: BatchEngine, **config: Any) -> ChatPythonModel:
+    model = ChatPythonModel()
+    model.answerer = Answerer(engine, ModelConfig(batch=ROWS, **config))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,8 @@ def engine(checkpoint: Path) -> BatchEngine:
 
 
 @pytest.fixture
-def front(engine: BatchEngine) -> Iterator[ChatPythonModel]:
-    yield _front(engine)
+def model(engine: BatchEngine) -> Iterator[ChatPythonModel]:
+    yield _model(engine)
     assert not any(engine._scheduler._slots), "a row was not given back"
 
 
@@ -101,15 +100,15 @@ REQUESTS = st.lists(
 )
 @given(REQUESTS)
 def test_an_answer_does_not_depend_on_what_is_computed_beside_it(
-    front: ChatPythonModel, wanted: list[dict[str, Any]]
+    model: ChatPythonModel, wanted: list[dict[str, Any]]
 ) -> None:
     asked = [
         _ask(one["text"], one["tokens"], temperature=one["temperature"], seed=index)
         for index, one in enumerate(wanted)
     ]
-    together = front.predict(None, asked)
+    together = model.predict(None, asked)
     assert [_text(answer) for answer in together] == [
-        _text(front.predict(None, one)) for one in asked
+        _text(model.predict(None, one)) for one in asked
     ]
 
 
@@ -177,10 +176,10 @@ def _shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_more_requests_than_rows_are_all_answered(front: ChatPythonModel) -> None:
+def test_more_requests_than_rows_are_all_answered(model: ChatPythonModel) -> None:
     asked = [_ask(f"question {number}", number + 1) for number in range(3 * ROWS)]
     with ThreadPoolExecutor(len(asked)) as threads:
-        answers = list(threads.map(lambda one: front.predict(None, one), asked))
+        answers = list(threads.map(lambda one: model.predict(None, one), asked))
     assert [answer["usage"]["completion_tokens"] for answer in answers] == list(
         range(1, 3 * ROWS + 1)
     )
@@ -191,8 +190,8 @@ def test_a_second_turn_computes_only_what_is_new_and_says_the_same(
 ) -> None:
     first = _ask("a" * 300, 4)
     again = {**first, "messages": [*first["messages"], *_ask("and now?")["messages"]]}
-    cold = _text(_front(engine).predict(None, again))
-    warm = _front(engine)
+    cold = _text(_model(engine).predict(None, again))
+    warm = _model(engine)
     warm.predict(None, first)
     shapes = _shapes(monkeypatch)
     assert _text(warm.predict(None, again)) == cold
@@ -202,20 +201,20 @@ def test_a_second_turn_computes_only_what_is_new_and_says_the_same(
 
 
 def test_nothing_is_kept_without_a_budget(engine: BatchEngine) -> None:
-    front = _front(engine, prefix_cache_mb=0)
-    front.predict(None, _ask("a" * 300, 4))
-    assert front.live().kept_bytes() == 0
+    model = _model(engine, prefix_cache_mb=0)
+    model.predict(None, _ask("a" * 300, 4))
+    assert model.live().kept_bytes() == 0
 
 
 def test_a_long_request_makes_room_while_others_are_answered(checkpoint: Path) -> None:
     short, long = _ask("short", 60, temperature=0.8, seed=1), _ask("long " * 300, 30)
-    front = _front(_engine(checkpoint))
-    assert front.answerer is not None
-    expected = [_text(_front(_engine(checkpoint)).predict(None, one)) for one in (short, long)]
-    stream = front.predict_stream(None, short)
+    model = _model(_engine(checkpoint))
+    assert model.answerer is not None
+    expected = [_text(_model(_engine(checkpoint)).predict(None, one)) for one in (short, long)]
+    stream = model.predict_stream(None, short)
     begun = [next(stream) for _ in range(10)]
     with ThreadPoolExecutor(1) as threads:
-        other = threads.submit(front.predict, None, long)
+        other = threads.submit(model.predict, None, long)
         chunks = [*begun, *stream]
     pieces = [c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]]
     assert ["".join(pieces), _text(other.result())] == expected
@@ -224,34 +223,34 @@ def test_a_long_request_makes_room_while_others_are_answered(checkpoint: Path) -
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_context_can_be_filled_to_the_last_token(checkpoint: Path, more: int) -> None:
     engine = _engine(checkpoint, max_context=96)
-    front = _front(engine)
-    assert front.answerer is not None
-    wanted = front.live().parse(_ask("x" * (40 + more)))
-    used = len(front.answerer.prepare(wanted).tokens)
+    model = _model(engine)
+    assert model.answerer is not None
+    wanted = model.live().parse(_ask("x" * (40 + more)))
+    used = len(model.answerer.prepare(wanted).tokens)
     asked = _ask("x" * (40 + more), 96 - used, temperature=1.0)
-    for answer in front.predict(None, [{**asked, "seed": seed} for seed in range(ROWS)]):
+    for answer in model.predict(None, [{**asked, "seed": seed} for seed in range(ROWS)]):
         assert answer["usage"]["total_tokens"] <= 96
     assert not any(engine._scheduler._slots)
 
 
 def test_a_client_that_leaves_gives_its_row_back(
-    engine: BatchEngine, front: ChatPythonModel
+    engine: BatchEngine, model: ChatPythonModel
 ) -> None:
     left = threading.Event()
     with abandoned_by(left):
-        parts = front.live().begin(front.live().parse(_ask("hello", 500))).parts()
+        parts = model.live().begin(model.live().parse(_ask("hello", 500))).parts()
         next(parts)
         left.set()
         with pytest.raises(Abandoned):
             list(parts)
     assert not any(engine._scheduler._slots)
-    assert front.live().kept_bytes() > 0, "what was computed stays good"
+    assert model.live().kept_bytes() > 0, "what was computed stays good"
 
 
 def test_a_failure_reaches_those_it_concerns_and_the_engine_goes_on(
-    engine: BatchEngine, front: ChatPythonModel, monkeypatch: pytest.MonkeyPatch
+    engine: BatchEngine, model: ChatPythonModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _text(front.predict(None, _ask("hello")))
+    expected = _text(model.predict(None, _ask("hello")))
 
     def run(self: BatchGraph, *_: Any) -> np.ndarray:
         raise MemoryError("no room")
@@ -260,20 +259,20 @@ def test_a_failure_reaches_those_it_concerns_and_the_engine_goes_on(
         broken.setattr(BatchGraph, "run", run)
         with ThreadPoolExecutor(ROWS) as threads:
             failed = [
-                threads.submit(front.predict, None, _ask(f"{number} hello"))
+                threads.submit(model.predict, None, _ask(f"{number} hello"))
                 for number in range(ROWS)
             ]
         assert all(isinstance(one.exception(), MemoryError) for one in failed)
     assert not engine._scheduler._jobs
-    assert _text(front.predict(None, _ask("hello"))) == expected
+    assert _text(model.predict(None, _ask("hello"))) == expected
 
 
 @pytest.mark.parametrize("leaving", ["load", "reserve"])
 def test_a_failure_to_make_room_is_an_error_of_the_request(
-    engine: BatchEngine, front: ChatPythonModel, monkeypatch: pytest.MonkeyPatch, leaving: str
+    engine: BatchEngine, model: ChatPythonModel, monkeypatch: pytest.MonkeyPatch, leaving: str
 ) -> None:
     ask = _ask("b" * 200)
-    expected = _text(front.predict(None, ask))  # so that there is something to load
+    expected = _text(model.predict(None, ask))  # so that there is something to load
 
     def fail(self: BatchGraph, *_: Any) -> None:
         raise MemoryError("no room")
@@ -281,9 +280,9 @@ def test_a_failure_to_make_room_is_an_error_of_the_request(
     with monkeypatch.context() as broken:
         broken.setattr(BatchGraph, leaving, fail)
         with pytest.raises(MemoryError):
-            front.predict(None, ask)
+            model.predict(None, ask)
     assert not engine._scheduler._jobs
-    assert _text(front.predict(None, ask)) == expected
+    assert _text(model.predict(None, ask)) == expected
 
 
 def test_the_memory_of_a_row_is_given_back(engine: BatchEngine) -> None:
@@ -323,13 +322,13 @@ def _greedy(session: Session, tokens: list[int], switch: int) -> list[int]:
     return found
 
 
-def test_an_answer_by_a_schema_stands_beside_the_others(front: ChatPythonModel) -> None:
+def test_an_answer_by_a_schema_stands_beside_the_others(model: ChatPythonModel) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {
         **_ask("x", 40),
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
     }
-    live = front.live()
+    live = model.live()
 
     def answer(request: dict[str, Any]) -> str:
         return "".join(part.text for part in live.begin(live.parse(request)).parts())
@@ -354,12 +353,3 @@ def _refuse(self: BatchGraph) -> None:
     from phi3_mlflow.runtime.batch_graph import NotBatchable
 
     raise NotBatchable("has three heads")
-
-
-def test_batch_is_a_value_of_model_config(onnx_dir: Path) -> None:
-    info = log_onnx(onnx_dir, name="tiny", model_config={"threads": 1})
-    loaded = mlflow.pyfunc.load_model(info.model_uri, model_config={"batch": 2})
-    front = loaded.unwrap_python_model()
-    assert type(front.answerer.engine).__name__ == "BatchEngine"
-    answers = loaded.predict([_ask("one", 5), _ask("two", 5), _ask("three", 5)])
-    assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 5, 5]

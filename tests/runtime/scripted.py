@@ -102,8 +102,8 @@ class ScriptedSession:
         pass
 
 
-def front(engine: Any, contract: str = "chat", **config: Any) -> ChatPythonModel:
-    """A chat front on an engine, as if it had been loaded."""
+def model_on(engine: Any, contract: str = "chat", **config: Any) -> ChatPythonModel:
+    """A model on an engine, as if it had been loaded."""
     made = ChatPythonModel(contract)
     made.answerer = Answerer(engine, ModelConfig.read(config))
     return made

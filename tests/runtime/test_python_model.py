@@ -11,7 +11,7 @@ from phi3_mlflow.runtime.engine import cuts
 from phi3_mlflow.runtime.fair_lock import FairLock
 from phi3_mlflow.runtime.model_config import ModelConfig
 from phi3_mlflow.runtime.request import RequestError
-from tests.flavors.scripted import ScriptedEngine, front
+from tests.runtime.scripted import ScriptedEngine, model_on
 
 
 def _ask(content: str = "Question?", **more: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _text(answer: dict[str, Any], choice: int = 0) -> str:
 
 
 def test_an_answer_that_ends_by_itself() -> None:
-    answer = front(ScriptedEngine("Good day."), model_name="m").predict(None, _ask())
+    answer = model_on(ScriptedEngine("Good day."), model_name="m").predict(None, _ask())
     assert answer["choices"] == [
         {
             "index": 0,
@@ -47,7 +47,7 @@ def test_an_answer_that_ends_by_itself() -> None:
     [(1, "a", "length", 1), (3, "abc", "length", 3), (4, "abc", "stop", 4), (9, "abc", "stop", 4)],
 )
 def test_max_tokens_counts_new_tokens(limit: int, text: str, reason: str, tokens: int) -> None:
-    answer = front(ScriptedEngine("abc")).predict(None, _ask(max_tokens=limit))
+    answer = model_on(ScriptedEngine("abc")).predict(None, _ask(max_tokens=limit))
     assert (_text(answer), answer["choices"][0]["finish_reason"]) == (text, reason)
     assert answer["usage"]["completion_tokens"] == tokens
 
@@ -67,12 +67,12 @@ def test_a_stop_text_ends_the_answer_wherever_tokens_begin(
 ) -> None:
     limit = len(text) if reason == "length" else 100
     wanted = _ask(stop=stop, max_tokens=limit)
-    answer = front(ScriptedEngine("one two three four")).predict(None, wanted)
+    answer = model_on(ScriptedEngine("one two three four")).predict(None, wanted)
     assert (_text(answer), answer["choices"][0]["finish_reason"]) == (text, reason)
 
 
 def test_every_choice_is_answered_and_counted() -> None:
-    answer = front(ScriptedEngine("ab")).predict(None, _ask(n=3))
+    answer = model_on(ScriptedEngine("ab")).predict(None, _ask(n=3))
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert [_text(answer, i) for i in range(3)] == ["ab"] * 3
     assert answer["usage"]["completion_tokens"] == 9
@@ -80,7 +80,7 @@ def test_every_choice_is_answered_and_counted() -> None:
 
 def test_every_row_is_answered_in_its_place() -> None:
     frame = pd.DataFrame([_ask("a", max_tokens=2), _ask("bcd", max_tokens=1)])
-    first, second = front(ScriptedEngine("xyz")).predict(None, frame)
+    first, second = model_on(ScriptedEngine("xyz")).predict(None, frame)
     assert (_text(first), _text(second)) == ("xy", "x")
     assert second["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + 2
 
@@ -88,14 +88,14 @@ def test_every_row_is_answered_in_its_place() -> None:
 def test_a_mistake_in_one_row_is_found_before_any_is_answered() -> None:
     engine = ScriptedEngine("x")
     with pytest.raises(RequestError, match=r"row 1: temperature: -1 is not"):
-        front(engine).predict(None, [_ask(), _ask(temperature=-1)])
+        model_on(engine).predict(None, [_ask(), _ask(temperature=-1)])
     with pytest.raises(RequestError, match=r"messages: 202 tokens leave no room"):
-        front(engine).predict(None, [_ask(), _ask("y" * 200)])
+        model_on(engine).predict(None, [_ask(), _ask("y" * 200)])
     assert engine.opened == 0
 
 
 def test_the_context_bounds_prompt_and_answer_together() -> None:
-    model = front(ScriptedEngine(), max_tokens=150)
+    model = model_on(ScriptedEngine(), max_tokens=150)
     room = 200 - len("uQuestion?") - 1
     answer = model.predict(None, _ask(max_tokens=room))
     assert answer["usage"]["total_tokens"] == 200
@@ -106,7 +106,7 @@ def test_the_context_bounds_prompt_and_answer_together() -> None:
 
 
 def test_a_refused_request_leaves_the_model_answering() -> None:
-    model = front(ScriptedEngine("fine"))
+    model = model_on(ScriptedEngine("fine"))
     for bad in (_ask(max_tokens=0), {"messages": []}, _ask("a\0")):
         with pytest.raises(RequestError):
             model.predict(None, bad)
@@ -114,13 +114,13 @@ def test_a_refused_request_leaves_the_model_answering() -> None:
 
 
 def test_params_take_precedence_over_the_row() -> None:
-    model = front(ScriptedEngine("abc"))
+    model = model_on(ScriptedEngine("abc"))
     answer = model.predict(None, _ask(max_tokens=3), params={"max_tokens": 1, "seed": None})
     assert _text(answer) == "a"
 
 
 def test_a_stream_says_what_the_whole_answer_says() -> None:
-    model = front(ScriptedEngine("one two"), model_name="m")
+    model = model_on(ScriptedEngine("one two"), model_name="m")
     wanted = _ask(n=2, stop=["two"])
     whole, chunks = model.predict(None, wanted), list(model.predict_stream(None, wanted))
     assert len({(c["id"], c["created"], c["object"], c["model"]) for c in chunks}) == 1
@@ -137,7 +137,7 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
 
 def test_a_stream_that_is_left_gives_its_session_back() -> None:
     engine = ScriptedEngine()
-    model = front(engine)
+    model = model_on(engine)
     stream = model.predict_stream(None, _ask("w" * 150))
     for _ in range(4):
         next(stream)
@@ -149,11 +149,11 @@ def test_a_stream_that_is_left_gives_its_session_back() -> None:
 
 def test_a_stream_answers_one_request() -> None:
     with pytest.raises(RequestError, match="one request at a time"):
-        front(ScriptedEngine("a")).predict_stream(None, [_ask(), _ask()])
+        model_on(ScriptedEngine("a")).predict_stream(None, [_ask(), _ask()])
 
 
 def test_the_plain_contract_takes_and_gives_texts() -> None:
-    model = front(ScriptedEngine("well"), "prompt")
+    model = model_on(ScriptedEngine("well"), "prompt")
     assert model.predict(None, {"prompt": "<|user|>x"}) == "well"
     assert model.predict(None, ["ab", "cd"], params={"max_tokens": 2}) == ["we", "we"]
     assert "".join(model.predict_stream(None, {"prompt": "xy"})) == "well"
@@ -179,7 +179,7 @@ class _Broken(ScriptedEngine):
 
 def test_a_session_that_failed_is_not_used_again() -> None:
     engine = _Broken("abc")
-    model = front(engine)
+    model = model_on(engine)
     engine.broken = True
     with pytest.raises(MemoryError):
         model.predict(None, _ask())
@@ -208,7 +208,7 @@ def test_a_short_request_gets_its_turns_beside_a_long_one() -> None:
             go.wait(10)
         work.append(name)
 
-    model = front(ScriptedEngine(on_extend=note), prefix_cache_mb=0)
+    model = model_on(ScriptedEngine(on_extend=note), prefix_cache_mb=0)
 
     def ask(tokens: int) -> None:
         model.predict(None, _ask(max_tokens=tokens))
