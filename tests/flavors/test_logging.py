@@ -392,9 +392,6 @@ def test_batch_is_a_value_of_model_config(onnx_dir: Path) -> None:
     loaded = mlflow.pyfunc.load_model(info.model_uri, model_config={"batch": 2})
     model = loaded.unwrap_python_model()
     assert type(model.answerer.engine).__name__ == "BatchEngine"
-    asked = [
-        {"messages": [{"role": "user", "content": text}], "max_tokens": 5}
-        for text in ("one", "two", "three")
-    ]
+    asked = [{"messages": [{"role": "user", "content": text}], "max_tokens": 5} for text in "abc"]
     answers = loaded.predict(asked)
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 5, 5]
