@@ -71,5 +71,5 @@ $(VENV)/bin/uv:
 	@$(SETUP) dev
 
 clean:  ## remove .venv and the tools' caches; mlflow.db, mlruns and the step cache stay
-	rm -rf .venv .venv.lock .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv.lock .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
