@@ -46,7 +46,9 @@ class TorchEngine:
             )
         dtype = getattr(torch, settings.dtype, None) if settings.dtype else "auto"
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"model_config dtype: {settings.dtype!r} is not a number type of torch")
+            raise ValueError(
+                f"model_config dtype: {settings.dtype!r} is not a number type of torch"
+            )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.lock = FairLock()
