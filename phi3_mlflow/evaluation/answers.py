@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.core.errors import EnvironmentProblem
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.core.meter import peak_rss_bytes
 from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.logits import find_model, local_files
@@ -245,7 +245,24 @@ def _load(model_uri: str) -> float:
 def _ask(questions: list[Question]) -> list[Answer]:
     if _asked is None:
         raise RuntimeError("the model is not loaded")
-    return [_asked.answer(question) for question in questions]
+    return [_answered(_asked, question) for question in questions]
+
+
+def _answered(asked: _Asked, question: Question) -> Answer:
+    """An answer, or an error that the parent process can read.
+
+    The model brings classes of its own, also for errors, which exist in this process only.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return asked.answer(question)
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+            told = f"question {question.id}: the model refuses it: {error.message}"
+            raise UserError(told) from None
+        told = f"question {question.id}: {type(error).__name__}: {error}"
+        raise RuntimeError(told) from None
 
 
 def _peak() -> int:
@@ -253,6 +270,6 @@ def _peak() -> int:
 
 
 def read_answers(file: Path) -> list[Answer]:
-    """What `row()` wrote, one JSON object a line."""
+    """What `row()` wrote, one JSON object per line."""
     # Not splitlines: it also splits at characters that an answer may hold, such as U+2028.
     return [Answer(**json.loads(line)) for line in file.read_text("utf-8").split("\n") if line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
-from phi3_mlflow.evaluation.answers import Answers, repeats
+from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.evaluation.answers import Answers, _answered, repeats
+from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.measurement import Measurement
 from tests.evaluation.measurements import answer, measurement
 
@@ -83,3 +88,34 @@ def test_line_separators_that_json_leaves_as_they_are() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found.write(Path(folder))
         assert Measurement.read(Path(folder)).answers[0].text == odd
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "told"),
+    [
+        (INVALID_PARAMETER_VALUE, UserError, "question q: the model refuses it: too long"),
+        (INTERNAL_ERROR, RuntimeError, "question q: OfTheModel: too long"),
+    ],
+)
+def test_an_error_of_a_class_of_the_models_own_reaches_the_parent_process(
+    code: int, kind: type[Exception], told: str
+) -> None:
+    class OfTheModel(MlflowException):
+        """Cannot be unpickled where the model is not loaded."""
+
+    class Refusing:
+        def answer(self, question: Question) -> None:
+            raise OfTheModel("too long", error_code=code)
+
+    asked = [{"role": "user", "content": "?"}]
+    question = Question.model_validate(
+        {
+            "id": "q",
+            "category": "facts",
+            "messages": asked,
+            "check": {"kind": "exact", "value": "a"},
+        }
+    )
+    with pytest.raises(kind) as refused:
+        _answered(Refusing(), question)
+    assert told in str(pickle.loads(pickle.dumps(refused.value)))  # noqa: S301
