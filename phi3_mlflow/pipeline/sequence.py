@@ -24,8 +24,15 @@ class Done:
         self._outcomes[outcome.step.name] = outcome
 
     def folder(self, *steps: Step[Any, Any]) -> Path:
-        """The files that the first of some steps left, of those that were done."""
-        return next(self._outcomes[step.name].entry.path for step in steps if step in self)
+        """The files that the first of some steps left, of those that were done.
+
+        Raises:
+            LookupError: none of them was.
+        """
+        for step in steps:
+            if step in self:
+                return self._outcomes[step.name].entry.path
+        raise LookupError(f"none of {', '.join(step.name for step in steps)} was done")
 
     def record(self, step: Step[Any, Rec]) -> Rec:
         """The record that a step left."""
