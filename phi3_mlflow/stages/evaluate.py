@@ -124,16 +124,13 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         for uri, result in record.versions.items():
             version = registry.find_version(uri, request.profile.registered_model)
             verdict = result.verdict
-            checks = [check for check in verdict["checks"] if not check["passed"]]
-            checks += [check for check in verdict["comparisons"] if check["state"] == "worse"]
-            reasons = "\n".join(check["reason"] for check in checks) or verdict["why"]
             registry.set_tags(
                 version,
                 {
-                    "gate": "passed" if verdict["passed"] else "failed",
-                    "gate_decision": verdict["decision"],
-                    "gate_reasons": reasons,
-                    registry.GATE_AGAINST: registry.number_of(verdict["against"]),
+                    "gate": "passed" if verdict.passed else "failed",
+                    "gate_decision": verdict.decision,
+                    "gate_reasons": verdict.reasons,
+                    registry.GATE_AGAINST: registry.number_of(verdict.against),
                     "evaluation_run": record.run_id,
                     TEXTS_TAG: record.texts_sha256,
                     **{key: _plain(value) for key, value in headline_metrics(result).items()},

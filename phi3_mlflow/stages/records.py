@@ -74,11 +74,52 @@ class Sample(_Frozen):
     answer: str
 
 
+class CheckRecord(_Frozen):
+    """A threshold that was checked, and the sentence about it."""
+
+    passed: bool
+    reason: str
+
+
+class ComparisonRecord(_Frozen):
+    """A metric that was compared with the champion's, and the sentence about it."""
+
+    state: str
+    reason: str
+
+
+class VerdictRecord(_Frozen):
+    """What the gate decided; see `evaluation.gate.Verdict`.
+
+    Attributes:
+        passed: whether the thresholds are met and nothing is worse than allowed.
+        decision: promote, keep or refuse.
+        why: the decision in a sentence.
+        against: the URI of the champion it was compared with.
+        checks: one per threshold.
+        comparisons: one per metric compared with the champion's.
+    """
+
+    passed: bool
+    decision: str
+    why: str
+    against: str | None
+    checks: tuple[CheckRecord, ...]
+    comparisons: tuple[ComparisonRecord, ...]
+
+    @property
+    def reasons(self) -> str:
+        """What speaks against the version, a line per reason; the decision when nothing does."""
+        failed = [check.reason for check in self.checks if not check.passed]
+        worse = [metric.reason for metric in self.comparisons if metric.state == "worse"]
+        return "\n".join([*failed, *worse]) or self.why
+
+
 class EvaluatedVersion(_Frozen):
-    """What was measured of a version, and the verdict as JSON values."""
+    """What was measured of a version, the verdict, and an answer of it."""
 
     metrics: dict[str, float]
-    verdict: dict[str, Any]
+    verdict: VerdictRecord
     sample: Sample
 
 
@@ -122,11 +163,26 @@ class CandidateRecord(Record):
     tokens_per_second: float
 
 
+class CandidateRow(_Frozen):
+    """A candidate in the table of a search; without metrics when it failed."""
+
+    candidate: str
+    algorithm: str
+    within_budget: bool
+    on_front: bool
+    reasons: str
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    data_bytes: float | None = None
+    tokens_per_second: float | None = None
+
+
 class SearchRecord(Record):
-    """What `search` left: the name of the best candidate, and all of them as table rows."""
+    """What `search` left: the name of the best candidate, and the table of all."""
 
     best: str
-    candidates: tuple[dict[str, Any], ...]
+    candidates: tuple[CandidateRow, ...]
 
 
 class ReproductionRecord(Record):

@@ -23,9 +23,11 @@ from phi3_mlflow.pipeline.runner import Pipeline
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.search import CandidateMetrics, Ranked, search
 from phi3_mlflow.stages import export, quantize
-from phi3_mlflow.stages.records import CandidateRecord, SearchRecord
+from phi3_mlflow.stages.records import CandidateRecord, CandidateRow, SearchRecord
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.artifacts.inputs import Folder
     from phi3_mlflow.config.profile import Profile
@@ -74,7 +76,7 @@ class Search(Step[SearchInputs, SearchRecord]):
 
         ranking = search(request.profile.search.candidates, measure, request.profile.search.budget)
         rows = [_row(one) for one in ranking.candidates]
-        work.run.log_search(rows, _plot(rows))
+        work.run.log_search([row.model_dump() for row in rows], _plot(rows))
         console.say(_table(rows))
         best = ranking.best
         work.metrics.update(_metrics(best.measurement))
@@ -203,38 +205,37 @@ def _metrics(found: CandidateMetrics | None) -> dict[str, float]:
     return {} if found is None else {name: float(v) for name, v in asdict(found).items()}
 
 
-def _row(one: Ranked) -> dict[str, Any]:
-    return {
-        "candidate": one.name,
-        "algorithm": one.settings.algorithm,
-        "within_budget": not one.reasons,
-        "on_front": one.on_front,
-        "reasons": "; ".join(one.reasons),
-        **dict.fromkeys(CandidateMetrics.__dataclass_fields__),
-        **_metrics(one.measurement),
-    }
+def _row(one: Ranked) -> CandidateRow:
+    row = CandidateRow(
+        candidate=one.name,
+        algorithm=one.settings.algorithm,
+        within_budget=not one.reasons,
+        on_front=one.on_front,
+        reasons="; ".join(one.reasons),
+    )
+    return row.model_copy(update=_metrics(one.measurement))
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[CandidateRow]) -> str:
     lines = [
         f"  {'candidate':<24} {'KL':>7} {'top-1':>6} {'perplexity':>10} {'MB':>9} {'tok/s':>7}"
     ]
     for row in rows:
-        if row["kl_mean"] is None:
-            lines.append(f"  {row['candidate']:<24} failed: {row['reasons'].splitlines()[0]}")
+        if row.kl_mean is None:
+            lines.append(f"  {row.candidate:<24} failed: {row.reasons.splitlines()[0]}")
             continue
         lines.append(
-            f"  {row['candidate']:<24} {row['kl_mean']:>7.4f} {row['top1_agreement']:>6.3f} "
-            f"{row['perplexity']:>10.2f} {row['data_bytes'] / 1e6:>9.1f} "
-            f"{row['tokens_per_second']:>7.1f}  {row['reasons']}".rstrip()
+            f"  {row.candidate:<24} {row.kl_mean:>7.4f} {row.top1_agreement:>6.3f} "
+            f"{row.perplexity:>10.2f} {(row.data_bytes or 0) / 1e6:>9.1f} "
+            f"{row.tokens_per_second:>7.1f}  {row.reasons}".rstrip()
         )
     return "\n".join(lines)
 
 
-def _plot(rows: list[dict[str, Any]]) -> Any:
+def _plot(rows: list[CandidateRow]) -> Figure:
     from phi3_mlflow.evaluation.report.candidates import pareto
 
-    return pareto([row for row in rows if row["kl_mean"] is not None])
+    return pareto([row.model_dump() for row in rows if row.kl_mean is not None])
 
 
 STEP = Search()
