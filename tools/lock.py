@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 def with_dependencies(text: str) -> str:
     """pyproject.toml with the dependencies and extras that conda.yaml and requirements/ name."""
-    lists = {"dependencies": conda_pip_requirements()}
+    # An environment of uv's has no pip, and `pypi:` sources are downloaded with it.
+    pip = f"pip=={conda_pip_version()}"
+    lists = {"dependencies": [*conda_pip_requirements(), pip]}
     for name in EXTRAS:
         lists[name] = extra_requirements(REQUIREMENTS / f"{name}.txt")
     for key, pins in lists.items():

@@ -37,7 +37,8 @@ def test_dependencies_are_those_of_conda_yaml(root, tool, pyproject):
     """One list, conda.yaml's; `make lock` writes the others."""
     files, lock = tool("requirement_files"), tool("lock")
     project = pyproject["project"]
-    assert project["dependencies"] == files.conda_pip_requirements(), "run `make lock`"
+    pip = f"pip=={files.conda_pip_version()}"
+    assert project["dependencies"] == [*files.conda_pip_requirements(), pip], "run `make lock`"
     extras = {
         name: files.extra_requirements(root / "requirements" / f"{name}.txt")
         for name in lock.EXTRAS
