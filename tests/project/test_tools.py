@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
 
 
 @pytest.fixture
@@ -319,12 +321,21 @@ def test_ci_runs_what_the_readme_says(root):
 def test_github_runs_the_same_with_the_same_python(root):
     content = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
     assert content["permissions"] == {"contents": "read"}
-    (job,) = content["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    (python,) = (s["with"] for s in job["steps"] if s.get("uses", "").startswith("actions/setup-p"))
+    steps = content["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    (python,) = (s["with"] for s in steps if s.get("uses", "").startswith("actions/setup-python"))
     assert python["python-version"] == "3.11"
-    for step in job["steps"]:
-        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "actions/x@v1"))
+    for job in content["jobs"].values():
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "actions/x@v1"))
+
+
+def test_every_python_that_the_package_claims_is_tested(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    claimed = SpecifierSet(project["requires-python"])
+    jobs = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]
+    tested = {"3.11", *jobs["installed"]["strategy"]["matrix"]["python"]}
+    assert {f"3.{n}" for n in range(8, 20) if claimed.contains(f"3.{n}")} == tested
 
 
 def test_hooks_before_a_commit_are_what_make_lint_runs(root):
