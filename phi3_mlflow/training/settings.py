@@ -1,0 +1,126 @@
+"""What can be chosen about training: the profile's section `train`.
+
+What a user of trl and peft knows keeps its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from phi3_mlflow.core.section import Section
+
+PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Format = Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"]
+
+
+class TrainSettings(Section):
+    """LoRA on rows of conversations; equal settings, rows and checkpoints give equal bytes."""
+
+    data: Path = Field(
+        description="rows to train on, .jsonl, .csv or .parquet; a relative path counts from the "
+        "profile's folder"
+    )
+    format: Format = Field(
+        default="auto",
+        description="what a row is: messages, prompt_completion (keys prompt and completion), "
+        "sharegpt (conversations) or alpaca (instruction, input, output); auto recognises it",
+    )
+    validation: Path | None = Field(
+        default=None,
+        description="rows to validate with, in a file of their own; left out, validation_share",
+    )
+    validation_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="share of the rows set aside to validate with, chosen by their content, so "
+        "that more rows never move one from one side to the other; without effect where "
+        "validation is given",
+    )
+    learning_rate: float = Field(
+        default=2e-4, gt=0, le=100, description="of the optimizer AdamW, at its highest"
+    )
+    num_train_epochs: int = Field(
+        default=1, ge=1, le=1000, description="how often every row is trained on"
+    )
+    max_length: int = Field(
+        default=1024,
+        ge=16,
+        le=131_072,
+        description="tokens per row; rows that are longer are counted, named and left out",
+    )
+    per_device_train_batch_size: int = Field(
+        default=8, ge=1, le=1024, description="rows computed together"
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, le=1024, description="batches per step of the optimizer"
+    )
+    warmup_ratio: float = Field(
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="share of the steps in which the learning rate rises from 0",
+    )
+    lr_scheduler_type: Scheduler = Field(
+        default="cosine", description="how the learning rate goes on after that"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="of AdamW")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, le=1000, description="norm to which larger gradients are scaled down"
+    )
+    lora_r: int = Field(default=16, ge=1, le=1024, description="rank of the adapter's matrices")
+    lora_alpha: float = Field(
+        default=32, gt=0, le=4096, description="the adapter counts lora_alpha / lora_r times"
+    )
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the adapter's inputs left out at random"
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=PROJECTIONS,
+        min_length=1,
+        description="the projections that get an adapter, by their names in the model",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice, and keep fewer in memory"
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="of the adapter's first values, the order of the rows and dropout",
+    )
+    threads: int = Field(
+        default=2,
+        ge=1,
+        le=256,
+        description="processor threads; the last bits of sums depend on them, so it is a setting "
+        "and not the machine's number of cores",
+    )
+    save_steps: int = Field(
+        default=50,
+        ge=1,
+        description="steps from one checkpoint to the next; a killed run goes on from the last. "
+        "Validation loss is measured as often",
+    )
+    early_stopping_patience: int = Field(
+        default=0,
+        ge=0,
+        description="stop when the validation loss has not fallen so many times in a row, and keep "
+        "the best; 0 never stops",
+    )
+    allow_overlap: bool = Field(
+        default=False,
+        description="train on rows that are also, or nearly, among those that measure the model",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} is listed more than once")
+        return value
