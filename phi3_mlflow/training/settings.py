@@ -74,7 +74,7 @@ class TrainSettings(Section):
         default=1.0, gt=0, le=1000, description="norm to which larger gradients are scaled down"
     )
     lora_r: int = Field(default=16, ge=1, le=1024, description="rank of the adapter's matrices")
-    lora_alpha: float = Field(
+    lora_alpha: int = Field(
         default=32, gt=0, le=4096, description="the adapter counts lora_alpha / lora_r times"
     )
     lora_dropout: float = Field(
