@@ -63,13 +63,17 @@ class FaultList(list[str]):
         """Note what made a row unreadable."""
         self.add(where, fault.field, fault.found, fault.reason)
 
-    def refuse(self, source: object) -> None:
+    def refuse(self, source: object, most: int = _MOST_LISTED) -> None:
         """Refuse the file if anything was noted.
 
+        Args:
+            source: the file.
+            most: how many faults are named; the rest is counted.
+
         Raises:
-            UserError: naming every fault, up to some hundreds.
+            UserError: naming them.
         """
-        listed = self[:_MOST_LISTED]
+        listed = self[:most]
         if len(self) > len(listed):
             listed.append(f"and {len(self) - len(listed)} more")
         if self:
