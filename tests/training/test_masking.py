@@ -288,16 +288,18 @@ def test_an_answer_that_melts_into_what_stands_before_it(tmp_path: Path) -> None
     assert "line 1" not in str(refused.value)
 
 
-def test_a_marker_that_swallows_white_space(tmp_path: Path) -> None:
-    """Phi-3's own markers take the white space that follows them; an answer stays whole."""
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_marker_that_swallows_white_space(space: str, tmp_path: Path) -> None:
+    """As Phi-3's own: markers take the white space after them, and what follows gets a space."""
     folder = checkpoint(tmp_path / "c", PHI3)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     for token in content["added_tokens"]:
         token["rstrip"] = True
+    content["pre_tokenizer"]["add_prefix_space"] = bool(space)
     file.write_text(json.dumps(content))
     read = tokenize_rows(folder, rows(LONG), max_length=500)
-    assert read.shown(read.rows[0]) == 'Yes.<|end|>\n{"a":\\n"b"}<|end|>'
+    assert read.shown(read.rows[0]) == f'{space}Yes.<|end|>\n{space}{{"a":\\n"b"}}<|end|>'
 
 
 def test_refused_rows_are_counted(made) -> None:
