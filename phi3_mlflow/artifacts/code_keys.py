@@ -43,6 +43,7 @@ NEUTRAL_MODULES = {
     "phi3_mlflow.pipeline.inputs": "finds inputs; their digests are in the key",
     "phi3_mlflow.pipeline.runner": "calls steps; what it hands over is in the key as inputs",
     "phi3_mlflow.pipeline.step": "carries a step out; what it hands over is in the key",
+    "phi3_mlflow.stages.overlap": "refuses rows to train on, or lets them pass as they are",
     "phi3_mlflow.tracking.connection": "finds the tracking store, whose identity is in the key",
     "phi3_mlflow.tracking.runs": "records the run of a step beside its output",
 }
@@ -63,7 +64,7 @@ NEUTRAL_LIBRARIES = {
 }
 """Libraries, by the name they are imported under, that cannot change what a step makes."""
 
-COMPUTES_BEHIND = {"onnxruntime_genai": ("onnxruntime",)}
+COMPUTES_BEHIND = {"onnxruntime_genai": ("onnxruntime",), "trl": ("accelerate",)}
 """Libraries that an imported one computes with, so that they decide an output, too."""
 
 DISTRIBUTIONS = {"google": "protobuf", "yaml": "PyYAML", "jinja2": "Jinja2"}

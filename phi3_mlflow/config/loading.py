@@ -89,6 +89,7 @@ def load_profile(
     _another_algorithm(content, overrides.get("quantization.algorithm"))
     if "@" in str(overrides.get("source", "")):  # a pin given for this run
         content.pop("track", None)
+    _find_rows(content, file)
     for key, value in overrides.items():
         _lay_over(content, key, value)
     _search_instead(content, overrides.get("quantization.algorithm"))
@@ -149,6 +150,14 @@ def _find_calibration(chosen: dict[str, Any], file: Path) -> None:
         chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())
     elif named is None and chosen.get("algorithm") == "gptq":
         chosen["calibration"] = str(CALIBRATION)
+
+
+def _find_rows(content: dict[str, Any], file: Path) -> None:
+    """Relative files of training rows in a profile count from its folder."""
+    train = content.get("train")
+    for key in ("data", "validation"):
+        if isinstance(train, dict) and isinstance(train.get(key), str):
+            train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
 
 
 def _lay_over(content: dict[str, Any], dotted: str, value: str | int) -> None:

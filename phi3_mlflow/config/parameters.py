@@ -60,6 +60,7 @@ _ALL = (
               "search, which tries the profile's candidates", profile_key="quantization.algorithm"),
     Parameter("block_size", "weights that share a scale", profile_key="quantization.block_size",
               number=True),
+    Parameter("data", "rows to fine-tune on, .jsonl, .csv or .parquet", profile_key="train.data"),
     Parameter("registered_model", "name in the Model Registry", profile_key="registered_model"),
     Parameter("size", "evaluation sets: quick or full", profile_key="evaluation.size"),
     Parameter("questions", "a file of questions of your own", profile_key="evaluation.questions"),

@@ -17,6 +17,7 @@ from phi3_mlflow.flavors.settings import RuntimeSettings
 from phi3_mlflow.quantization.search_settings import SearchSettings
 from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings
 from phi3_mlflow.sources.spec import HubSource, parse_source
+from phi3_mlflow.training.settings import TrainSettings
 
 Flavor = Literal["onnx", "transformers", "both"]
 Precision = Literal["int4", "fp32"]
@@ -61,6 +62,9 @@ class Profile(Section):
     quantization: QuantizationSettings = Field(
         default=KQuantMixedSettings(),
         description="how weights become int4; algorithm: search tries the candidates of search",
+    )
+    train: TrainSettings | None = Field(
+        default=None, description="rows to fine-tune on; left out, the model stays as fetched"
     )
     search: SearchSettings = Field(
         default=SearchSettings(), description="the quantizations to choose among"

@@ -41,6 +41,16 @@ def folder_input(
     return directory_input(cache, name, Path(request.value(name)).expanduser(), expected)
 
 
+def full_precision(request: Request, cache: StepCache, expected: str = CHECKPOINT) -> Folder:
+    """The float checkpoint: fine-tuned, where the profile has rows to train on; else as fetched.
+
+    Raises:
+        UserError: there is none.
+    """
+    made_by = "fetch" if request.profile.train is None else "train"
+    return folder_input(request, cache, "checkpoint", made_by, expected)
+
+
 def directory_input(cache: StepCache, name: str, path: Path, expected: str) -> Folder:
     """A folder that was named.
 

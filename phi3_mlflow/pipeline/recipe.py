@@ -67,7 +67,8 @@ class Recipe:
         if content is None:
             raise UserError(
                 f"{uri} carries no recipe: it was not logged by this project, was logged before "
-                "recipes were recorded, or was made from a folder whose origin is not known"
+                "recipes were recorded, was made from a folder whose origin is not known, or "
+                "was fine-tuned"
             )
         try:
             files = tuple(FileEntry(f["path"], f["size"], f["sha256"]) for f in content["files"])
@@ -98,13 +99,17 @@ def recipe_of(profile: Profile, directory: Path, base_dir: Path) -> Recipe | Non
         base_dir: what a relative `file:` source counts from.
 
     Returns:
-        None when the provenance does not say where the artifact came from.
+        None when the provenance does not say where the artifact came from, and for a fine-tuned
+        one: its rows are a file of the user's, which nobody keeps.
     """
     known = read_provenance(directory)
     if not {"source", "source_revision", "lock"} <= known.keys():
         return None
+    if "adapter_sha256" in known:
+        return None
     content = profile.model_dump(mode="json", exclude=_DECIDES_NOTHING, exclude_none=True)
     content.pop("track", None)
+    content.pop("train", None)
     content["source"] = _pinned(known["source"], known["source_revision"], base_dir)
     content["sha256"] = known["lock"]
     content["precision"] = known.get("precision", content["precision"])

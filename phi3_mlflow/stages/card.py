@@ -43,6 +43,7 @@ def model_card(
         f"- **Base model**: {profile.base_model}",
         f"- **Licence**: {profile.licence}",
         f"- **Training data**: {profile.training_data}",
+        *_fine_tuning(tags),
         f"- **Context**: {profile.context_length:,} tokens",
         f"- **Source**: `{tags.get('source', profile.origin)}` at revision "
         f"`{tags.get('source_revision', 'unknown')}`",
@@ -62,3 +63,13 @@ def model_card(
         if hardware:
             lines += ["", f"Measured on {hardware}."]
     return "\n".join(lines) + "\n"
+
+
+def _fine_tuning(tags: Mapping[str, str]) -> list[str]:
+    """A line on what the version was trained on, where it was."""
+    if "adapter_sha256" not in tags:
+        return []
+    return [
+        f"- **Fine-tuned**: LoRA on {tags.get('trained_on', 'rows of its own')}; rows sha256 "
+        f"`{tags.get('data_sha256', 'unknown')}`, adapter sha256 `{tags['adapter_sha256']}`"
+    ]

@@ -18,6 +18,7 @@ from phi3_mlflow.stages import (
     score,
     search,
     serve,
+    train,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ COMMANDS: Mapping[str, Command] = {
         cache.COMMAND,
         score.COMMAND,
         fetch.STEP,
+        train.STEP,
         search.STEP,
         quantize.STEP,
         export.STEP,

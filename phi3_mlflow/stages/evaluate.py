@@ -22,7 +22,7 @@ from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.metrics import HEADLINE
 from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
 from phi3_mlflow.evaluation.sets import Sets
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, preceding_output
+from phi3_mlflow.pipeline.inputs import full_precision, preceding_output
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, RegisteredVersions
@@ -60,7 +60,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
     in_mlflow = True
 
     def inputs(self, request: Request, cache: StepCache) -> EvaluateInputs:
-        reference = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
+        reference = full_precision(request, cache)
         versions = _versions(request, cache)
         champions = [registry.champion_to_beat(version) for version in versions]
         return EvaluateInputs(

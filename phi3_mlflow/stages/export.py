@@ -17,7 +17,7 @@ from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, wr
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, full_precision
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class Export(Step[ExportInputs, NoRecord]):
     def inputs(self, request: Request, cache: StepCache) -> ExportInputs:
         if not request.profile.makes_onnx:
             raise UserError("export has nothing to do for flavor transformers; choose onnx or both")
-        made_by = "quantize" if request.profile.quantizes else "fetch"
-        return ExportInputs(folder_input(request, cache, "checkpoint", made_by, CHECKPOINT))
+        if not request.profile.quantizes:
+            return ExportInputs(full_precision(request, cache))
+        return ExportInputs(folder_input(request, cache, "checkpoint", "quantize", CHECKPOINT))
 
     def settings(self, request: Request) -> Settings:
         profile = request.profile

@@ -17,7 +17,7 @@ from phi3_mlflow.artifacts.code_keys import modules_in
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.core.git import origin
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, ONNX, folder_input
+from phi3_mlflow.pipeline.inputs import ONNX, folder_input, full_precision
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.inputs import Folder
     from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.flavors.bundle import Flavor
+
+
+TRAINED = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
+"""Tags that fine-tuned versions have besides the others, by their names in the provenance."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,7 @@ class Log(Step[LogInputs, LoggedModels]):
         chosen = flavors(request)
         return LogInputs(
             folder_input(request, cache, "onnx", "export", ONNX) if "onnx" in chosen else None,
-            folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
-            if "transformers" in chosen
-            else None,
+            full_precision(request, cache) if "transformers" in chosen else None,
         )
 
     def settings(self, request: Request) -> Settings:
@@ -202,7 +204,8 @@ def metadata(work: Work[LogInputs], directory: Path) -> dict[str, Any]:
 def version_tags(flavor: str, directory: Path) -> dict[str, str]:
     """The tags of the version that the model becomes."""
     known = read_provenance(directory)
-    return {
+    trained = {name: str(known[name]) for name in TRAINED if name in known}
+    return trained | {
         "flavor": flavor,
         "precision": str(known.get("precision", "as the checkpoint")),
         "algorithm": str(known.get("algorithm", "none")),

@@ -1,4 +1,4 @@
-"""Take a model all the way: fetch, quantize, export, log, register, evaluate, promote.
+"""Take a model all the way: fetch, train, quantize, export, log, register, evaluate, promote.
 
     mlflow run .
     mlflow run . -P profile=phi-3-mini-4k
@@ -28,7 +28,17 @@ from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.pipeline.dry_run import foretell, text
 from phi3_mlflow.pipeline.runner import Pipeline
 from phi3_mlflow.pipeline.sequence import Done, Part, follow
-from phi3_mlflow.stages import evaluate, export, fetch, log, promote, quantize, register, search
+from phi3_mlflow.stages import (
+    evaluate,
+    export,
+    fetch,
+    log,
+    promote,
+    quantize,
+    register,
+    search,
+    train,
+)
 from phi3_mlflow.stages.evaluate import headline_metrics
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
@@ -39,7 +49,8 @@ if TYPE_CHECKING:
 
     from phi3_mlflow.config.profile import Profile
 
-FETCH, SEARCH, QUANTIZE, EXPORT = fetch.STEP, search.STEP, quantize.STEP, export.STEP
+FETCH, TRAIN, SEARCH = fetch.STEP, train.STEP, search.STEP
+QUANTIZE, EXPORT = quantize.STEP, export.STEP
 LOG, REGISTER, EVALUATE, PROMOTE = log.STEP, register.STEP, evaluate.STEP, promote.STEP
 
 
@@ -53,22 +64,32 @@ def with_the_best(profile: Profile, done: Done) -> Profile:
     return search.as_profile(profile, done.record(SEARCH).best)
 
 
+def checkpoint(done: Done) -> Mapping[str, object]:
+    """The full-precision checkpoint: the fine-tuned one, where the profile has rows to train on."""
+    return {"checkpoint": done.folder(TRAIN, FETCH)}
+
+
 def logged_folders(done: Done) -> Mapping[str, object]:
     """What `log` takes: the checkpoint, and the ONNX directory where there is one."""
     onnx = {"onnx": done.folder(EXPORT)} if EXPORT in done else {}
-    return {"checkpoint": done.folder(FETCH), **onnx}
+    return {**checkpoint(done), **onnx}
 
 
 SEQUENCE = (
     Part(FETCH, lambda done: {}),
-    Part(SEARCH, lambda done: {"checkpoint": done.folder(FETCH)}, searches, with_the_best),
-    Part(QUANTIZE, lambda done: {"checkpoint": done.folder(FETCH)}, lambda p: p.quantizes),
-    Part(EXPORT, lambda done: {"checkpoint": done.folder(QUANTIZE, FETCH)}, lambda p: p.makes_onnx),
+    Part(TRAIN, lambda done: {"checkpoint": done.folder(FETCH)}, lambda p: p.train is not None),
+    Part(SEARCH, checkpoint, searches, with_the_best),
+    Part(QUANTIZE, checkpoint, lambda p: p.quantizes),
+    Part(
+        EXPORT,
+        lambda done: {"checkpoint": done.folder(QUANTIZE, TRAIN, FETCH)},
+        lambda p: p.makes_onnx,
+    ),
     Part(LOG, logged_folders),
     Part(REGISTER, lambda done: {"model_uri": done.record(LOG)}),
     Part(
         EVALUATE,
-        lambda done: {"version": done.record(REGISTER), "checkpoint": done.folder(FETCH)},
+        lambda done: {"version": done.record(REGISTER), **checkpoint(done)},
     ),
     Part(PROMOTE, lambda done: {"version": done.record(REGISTER).challenger}),
 )
@@ -80,7 +101,7 @@ class Main(Command):
 
     name = "main"
     parameters = (
-        "profile", "source", "flavor", "contract", "precision", "algorithm", "block_size",
+        "profile", "source", "data", "flavor", "contract", "precision", "algorithm", "block_size",
         "registered_model", "size", "questions", "force", "dry_run", "quiet",
     )  # fmt: skip
     choices = {"force": ("true", "false", "all", *(part.step.name for part in SEQUENCE))}  # noqa: RUF012

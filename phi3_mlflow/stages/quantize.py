@@ -18,7 +18,7 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.inputs import full_precision
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 
@@ -54,7 +54,7 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
                 "  mlflow run . -e search\nwhich leaves the best candidate for the steps after it, "
                 "or main, which does so by itself."
             )
-        return QuantizeInputs(folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT))
+        return QuantizeInputs(full_precision(request, cache))
 
     def settings(self, request: Request) -> Settings:
         return quantization_values(request.profile.quantization)

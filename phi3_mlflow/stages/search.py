@@ -18,7 +18,7 @@ from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.inputs import full_precision
 from phi3_mlflow.pipeline.runner import Pipeline
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.search import CandidateMetrics, Ranked, search
@@ -136,7 +136,7 @@ def search_inputs(request: Request, cache: StepCache) -> SearchInputs:
             f"search has nothing to do for flavor {request.profile.flavor} with precision "
             f"{request.profile.precision}: only the ONNX flavor in int4 is quantized"
         )
-    return SearchInputs(folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT))
+    return SearchInputs(full_precision(request, cache))
 
 
 def tried(request: Request, name: str) -> Request:

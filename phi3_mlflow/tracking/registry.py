@@ -32,6 +32,10 @@ VERSION_TAGS = (
     "checkpoint_sha256",
     "artifact_sha256",
     "git_commit",
+    "base_checkpoint_sha256",
+    "data_sha256",
+    "adapter_sha256",
+    "trained_on",
 )
 GATE_AGAINST = "gate_against"
 """The tag that holds the champion a version was compared with, as a version number."""

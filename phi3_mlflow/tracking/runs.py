@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
+_DIGEST_LENGTH = 36
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
 
@@ -94,6 +95,37 @@ class StepRun:
             frame = pandas.DataFrame([{"row": row.model_dump_json(by_alias=True)} for row in rows])
             mlflow.log_input(from_pandas(frame, name=name), context="evaluation")
         mlflow.log_artifacts(str(folder), "evaluation")
+
+    def log_rows(self, context: str, rows: Input[Path], count: int) -> None:
+        """Log a file of rows as an input of the run, by the digest of its content.
+
+        Args:
+            context: what they are for: `train` or `validation`.
+            rows: the file.
+            count: how many rows of it are used.
+        """
+        import mlflow
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+
+        source = resolve_dataset_source(rows.value.absolute().as_uri())
+        # MLflow's digests have at most 36 characters; the whole is among the run's parameters.
+        digest = rows.digest[:_DIGEST_LENGTH]
+        dataset = MetaDataset(source, name=rows.value.stem, digest=digest)  # type: ignore[abstract]
+        mlflow.log_input(dataset, context, {"rows": str(count), "sha256": rows.digest})
+
+    def log_point(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of one step of a curve."""
+        import mlflow
+
+        mlflow.log_metrics(dict(values), step=step)
+
+    def log_training(self, adapter: Path, report: Path) -> None:
+        """Log an adapter, and the report on how it was trained."""
+        import mlflow
+
+        mlflow.log_artifacts(str(adapter), "adapter")
+        mlflow.log_artifact(str(report))
 
     def rename(self, name: str) -> None:
         """Show this run under another name than its step's."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from phi3_mlflow.core.errors import UserError, problem_list
+from phi3_mlflow.checkpoints.reader import CheckpointReader
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError, problem_list
+from phi3_mlflow.core.machine import free_disk
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import LoraConfig
 
-    from phi3_mlflow.checkpoints.reader import CheckpointReader
     from phi3_mlflow.training.settings import TrainSettings
 
+_ROOM_TO_SPARE = 64 << 20  # bytes
 _IN_A_LAYER = re.compile(r"model\.layers\.\d+\.(?P<module>.+)\.weight")
 
 
@@ -64,6 +68,32 @@ def lora_config(settings: TrainSettings) -> LoraConfig:
         target_modules=list(settings.target_modules),
         bias="none",
     )
+
+
+def require_room(checkpoint: Path, settings: TrainSettings, place: Path) -> None:
+    """Refuse to start where the disk has no room for the checkpoints and the merged model.
+
+    Args:
+        checkpoint: that is trained; only headers are read.
+        settings: the choices.
+        place: a folder on the disk in question.
+
+    Raises:
+        EnvironmentProblem: there is too little; says how much is needed.
+        UserError: target modules that the model does not have.
+    """
+    reader = CheckpointReader(checkpoint)
+    adapted = adapted_tensors(reader, settings.target_modules)
+    adapter = 4 * settings.lora_r * sum(sum(reader.shape(name)) for name in adapted)
+    merged = sum(reader.entry(name).nbytes for name in reader)
+    # Two checkpoints and the one being written, each with two moments of every weight.
+    needed = 3 * 3 * adapter + merged + _ROOM_TO_SPARE
+    if (free := free_disk(place)) < needed:
+        raise EnvironmentProblem(
+            f"training needs {needed / 1e9:.2f} GB of disk for its checkpoints and the merged "
+            f"model, and {place} has {free / 1e9:.2f} GB free. Free some, or set "
+            "PHI3_MLFLOW_CACHE to a folder on a larger disk."
+        )
 
 
 def _is(module: str, target: str) -> bool:

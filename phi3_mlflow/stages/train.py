@@ -1,0 +1,272 @@
+"""Fine-tune a checkpoint on rows of your own with LoRA, and merge the adapter into it.
+
+    mlflow run . -e train -P data=$PWD/tickets.jsonl
+    python -m steps.train --profile my-profile.yaml
+
+Takes JSONL, CSV or Parquet with messages, prompt and completion, ShareGPT or Alpaca columns; loss
+is only on what the assistant says. The result is a checkpoint like that of `fetch`, which the steps
+after it take, with `adapter/` in PEFT's format and `training.json`. A killed run goes on where it
+was, and the same checkpoint, rows and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.artifacts.inputs import Folder, Input
+from phi3_mlflow.artifacts.manifests import sha256_of_file
+from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.progress import Meter, show_progress
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.tracking.runs import StepRun
+    from phi3_mlflow.training.data import TrainingData
+    from phi3_mlflow.training.masking import TokenizedRows
+    from phi3_mlflow.training.settings import TrainSettings
+    from phi3_mlflow.training.train import Trained
+
+_NAMED = 20  # rows that are too long
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """A float checkpoint, and the rows."""
+
+    checkpoint: Folder
+    data: Input[Path]
+    validation: Input[Path] | None
+
+
+class Train(Step[TrainInputs, NoRecord]):
+    """Checkpoint and rows to fine-tuned checkpoint."""
+
+    name = "train"
+    doing = "fine-tuning the checkpoint on the profile's rows"
+    parameters = step_parameters("checkpoint", "data")
+
+    def inputs(self, request: Request, cache: StepCache) -> TrainInputs:
+        chosen = settings_of(request)
+        data = _rows_input("train.data", chosen.data)
+        validation = chosen.validation and _rows_input("train.validation", chosen.validation)
+        checkpoint = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
+        return TrainInputs(checkpoint, data, validation)
+
+    def settings(self, request: Request) -> Settings:
+        return settings_of(request).model_dump(mode="json", exclude={"data", "validation"})
+
+    def work(self, work: Work[TrainInputs]) -> None:
+        from filelock import FileLock
+
+        from phi3_mlflow.checkpoints.validate import validate_checkpoint
+        from phi3_mlflow.stages.overlap import refuse_overlap
+        from phi3_mlflow.training.lora import require_room
+        from phi3_mlflow.training.merge import merge_adapter
+
+        checkpoint = work.inputs.checkpoint.value
+        require_room(checkpoint, settings_of(work.request), work.cache.root)
+        data = _load(work)
+        refuse_overlap(work.request.profile, data, allowed=settings_of(work.request).allow_overlap)
+        rows, validation = _tokenize(checkpoint, data, settings_of(work.request))
+        work.run.log_rows("train", work.inputs.data, len(rows.rows))
+        if given := work.inputs.validation:
+            work.run.log_rows("validation", given, len(data.validation))
+        folder = unfinished(work.cache, work.key)
+        adapter = folder / "adapter"
+        adapter.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # `cache -P do=prune` leaves it alone
+            trained = _train(work, rows, validation, adapter)
+            merged = merge_adapter(checkpoint, adapter, work.out, show_progress)
+            validate_checkpoint(work.out)
+            merged_sha256 = content_digest(work.out)
+            shutil.copytree(adapter, work.out / "adapter")
+        facts = _facts(work, data, rows, trained)
+        text = json.dumps({**facts, "curve": trained.curve}, indent=2, sort_keys=True) + "\n"
+        (work.out / "training.json").write_text(text, "utf-8")
+        known = read_provenance(checkpoint)
+        write_provenance(
+            work.out,
+            known
+            | {
+                "adapter_sha256": trained.adapter_sha256,
+                "base_checkpoint_sha256": known.get("checkpoint_sha256")
+                or content_digest(checkpoint),
+                "checkpoint_sha256": merged_sha256,
+                "data_sha256": data.data_sha256,
+                "trained_on": trained_on(facts),
+            },
+        )
+        work.metrics.update({k: float(v) for k, v in facts.items() if isinstance(v, int | float)})
+        work.metrics["merged_matrices"] = float(merged.matrices)
+        work.run.log_training(work.out / "adapter", work.out / "training.json")
+        console.say(f"  trained on {trained_on(facts)}")
+
+    def after(self, request: Request, entry: Entry) -> None:
+        """Drop the checkpoints of a run whose output is there."""
+        from phi3_mlflow.artifacts.cache import StepCache
+
+        folder = unfinished(StepCache(), entry.key)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+
+
+def settings_of(request: Request) -> TrainSettings:
+    """The profile's section `train`.
+
+    Raises:
+        UserError: it has none.
+    """
+    chosen = request.profile.train
+    if chosen is None:
+        raise UserError(
+            f"train has nothing to do: profile {request.profile.name} has no section train.\n"
+            "Give the rows with -P data=FILE, or write them into the profile:\n"
+            "  train:\n    data: FILE"
+        )
+    return chosen
+
+
+def unfinished(cache: StepCache, key: str) -> Path:
+    """Where the checkpoints of a run lie until its output is there."""
+    return cache.downloads / f"train-{key}"
+
+
+def trained_on(facts: Mapping[str, Any]) -> str:
+    """A line on what a checkpoint was trained on, and how much."""
+    rows, loss, tokens = facts["train_rows"], facts["loss_tokens"], facts["tokens"]
+    return (
+        f"{rows:,} rows, {facts['epochs']:g} epochs of {loss:,} tokens with loss "
+        f"({tokens:,} in all), {facts['steps']:,} steps"
+    )
+
+
+def _rows_input(key: str, path: Path) -> Input[Path]:
+    """A file of rows, or a folder of `datasets`, by the hash that `load_training` gives it."""
+    if path.is_dir():
+        return Input(path, content_digest(path), str(path))
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file {path.absolute()}")
+    return Input(path, sha256_of_file(path), str(path))
+
+
+def _load(work: Work[TrainInputs]) -> TrainingData:
+    from phi3_mlflow.training.data import load_training
+
+    chosen = settings_of(work.request)
+    given = work.inputs.validation
+    data = load_training(
+        work.inputs.data.value,
+        format=chosen.format,
+        validation=given.value if given else None,
+        validation_share=chosen.validation_share,
+    )
+    found = {work.inputs.data.shown: (work.inputs.data.digest, data.data_sha256)}
+    if given:
+        found[given.shown] = given.digest, data.validation_sha256 or ""
+    for file, (before, now) in found.items():
+        if before != now:
+            raise UserError(f"{file} changed while it was read; run it again when it is written")
+    console.say(
+        f"  {len(data.train)} rows to train on, {len(data.validation)} to validate with, read as "
+        f"{data.format}"
+    )
+    return data
+
+
+def _tokenize(
+    checkpoint: Path, data: TrainingData, chosen: TrainSettings
+) -> tuple[TokenizedRows, TokenizedRows | None]:
+    from phi3_mlflow.training.masking import tokenize_rows
+
+    rows = tokenize_rows(checkpoint, data.train, max_length=chosen.max_length)
+    validation = None
+    if data.validation:
+        validation = tokenize_rows(checkpoint, data.validation, max_length=chosen.max_length)
+    for name, some in (("train", rows), ("validation", validation)):
+        if some and some.too_long:
+            named = "; ".join(some.too_long[:_NAMED])
+            console.say(
+                f"  {len(some.too_long)} {name} rows have more than max_length "
+                f"{chosen.max_length:,} tokens and are left out: {named}"
+            )
+    console.say(f"  {rows.loss_tokens:,} of {rows.tokens:,} tokens carry loss; in the first row:")
+    for line in rows.shown(rows.rows[0]).splitlines():
+        console.say(f"    {line}")
+    return rows, validation
+
+
+def _train(
+    work: Work[TrainInputs], rows: TokenizedRows, validation: TokenizedRows | None, adapter: Path
+) -> Trained:
+    from phi3_mlflow.training.train import train
+
+    with ExitStack() as shown:
+        return train(
+            work.inputs.checkpoint.value,
+            rows.rows,
+            validation.rows if validation else (),
+            settings_of(work.request),
+            folder=adapter.parent / "run",
+            out=adapter,
+            base_model=work.request.profile.base_model,
+            listener=_Listener(work.run, shown),
+        )
+
+
+class _Listener:
+    """Shows the progress, and logs the curve as it comes."""
+
+    def __init__(self, run: StepRun, shown: ExitStack) -> None:
+        self._run, self._shown = run, shown
+        self._meter: Meter | None = None
+
+    def begins(self, step: int, steps: int) -> None:
+        progress = partial(show_progress, unit="steps")
+        self._meter = self._shown.enter_context(progress("training", steps))
+        if step:
+            console.say(f"  going on after step {step} of {steps}")
+            self._meter.advance(step)
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log_point(step, values)
+        if self._meter and "loss" in values:
+            self._meter.advance(1)
+
+
+def _facts(
+    work: Work[TrainInputs], data: TrainingData, rows: TokenizedRows, trained: Trained
+) -> dict[str, Any]:
+    """What `training.json` says besides the curve: nothing that differs between equal runs."""
+    return {
+        "adapter_sha256": trained.adapter_sha256,
+        "chosen_step": trained.chosen_step,
+        "data_sha256": data.data_sha256,
+        "epochs": trained.curve[-1]["epoch"],
+        "final_loss": trained.last("loss"),
+        "final_validation_loss": trained.last("validation_loss"),
+        "format": data.format,
+        "loss_tokens": rows.loss_tokens,
+        "settings": dict(work.settings),
+        "steps": trained.steps,
+        "tokens": rows.tokens,
+        "too_long_rows": len(rows.too_long),
+        "train_rows": len(rows.rows),
+        "validation_rows": len(data.validation),
+        "validation_sha256": data.validation_sha256,
+    }
+
+
+STEP = Train()

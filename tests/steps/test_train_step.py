@@ -1,0 +1,165 @@
+"""The step `train`, alone and in `main`: a version that says what it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.checkpoints.validate import validate_checkpoint
+from phi3_mlflow.config.loading import load_profile
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT
+from phi3_mlflow.tracking import registry
+from tests.conftest import Workspace
+from tests.fixtures.tiny_line import write_profile
+
+SETTINGS = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 0.001, "save_steps": 3, "threads": 1}
+
+
+def write_rows(file: Path, first: int, last: int) -> Path:
+    rows = [{"prompt": f"Ticket {i}: it is broken.", "completion": f"Team {i % 3}."}
+            for i in range(first, last)]  # fmt: skip
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return file
+
+
+def trained_by(place: Workspace) -> Path:
+    entry = StepCache(place.cache).latest("tiny", "train")
+    assert entry is not None
+    return entry.path
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
+    place = Workspace(tmp_path_factory.mktemp("train"))
+    write_rows(place.folder / "tickets.jsonl", 0, 40)
+    train = {"data": "tickets.jsonl", **SETTINGS}
+    profile = write_profile(place.folder, train=train)
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place, profile
+
+
+@pytest.mark.slow
+def test_main_ends_with_a_version_that_says_what_it_was_trained_on(line, monkeypatch) -> None:
+    place, _ = line
+    place.enter(monkeypatch)
+    folder = trained_by(place)
+    validate_checkpoint(folder)
+    report = json.loads((folder / "training.json").read_text())
+    assert report["format"] == "prompt_completion"
+    assert report["train_rows"] + report["validation_rows"] == 40
+    assert report["validation_rows"] > 0
+    assert report["steps"] == -(-report["train_rows"] // 8)
+    assert report["curve"][-1]["epoch"] == 1
+    assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert not list((place.cache / "downloads").glob("train-*"))
+    version = registry.describe(registry.VersionName("tiny", "1"))
+    fetched = StepCache(place.cache).latest("tiny", "fetch")
+    known = json.loads((fetched.path / "provenance.json").read_text())
+    assert version.tags["base_checkpoint_sha256"] == known["checkpoint_sha256"]
+    assert version.tags["checkpoint_sha256"] != known["checkpoint_sha256"]
+    assert version.tags["data_sha256"] == report["data_sha256"]
+    assert version.tags["adapter_sha256"] == report["adapter_sha256"]
+    text = mlflow.MlflowClient().get_model_version("tiny", "1").description
+    assert f"**Fine-tuned**: LoRA on {report['train_rows']} rows, 1 epochs of" in text
+
+
+@pytest.mark.slow
+def test_the_run_has_the_curve_the_rows_and_the_adapter(line, monkeypatch) -> None:
+    place, _ = line
+    place.enter(monkeypatch)
+    client = mlflow.MlflowClient()
+    experiment = mlflow.get_experiment_by_name("phi3-mlflow")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.step = 'train'")
+    report = json.loads((trained_by(place) / "training.json").read_text())
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(p.step, p.value) for p in history] == [
+        (p["step"], p["loss"]) for p in report["curve"] if "loss" in p
+    ]
+    for name in ("learning_rate", "grad_norm", "tokens_per_second", "validation_loss"):
+        assert client.get_metric_history(run.info.run_id, name)
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "tickets"
+    assert report["data_sha256"].startswith(given.dataset.digest)
+    adapter = client.list_artifacts(run.info.run_id, "adapter")
+    assert {Path(f.path).name for f in adapter} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_more_rows_train_again(line, monkeypatch) -> None:
+    place, profile = line
+    place.enter(monkeypatch)
+    before = trained_by(place)
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing to do" in done.stdout + done.stderr
+    assert trained_by(place) == before
+    # A step alone takes what train has left.
+    done = place.step("quantize", "--profile", str(profile))
+    assert "cached=true" in done.stdout, done.stdout + done.stderr
+    write_rows(place.folder / "tickets.jsonl", 40, 60)
+    done = place.step("main", "--profile", str(profile), "--dry-run", "true")
+    assert "train     would run: changed: inputs.data" in done.stdout
+    done = place.step("train", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "carry loss" in done.stdout + done.stderr
+    after = trained_by(place)
+    report = json.loads((after / "training.json").read_text())
+    assert report["train_rows"] + report["validation_rows"] == 60
+
+
+@pytest.mark.slow
+def test_the_same_again_gives_the_same_folder(line, monkeypatch) -> None:
+    place, profile = line
+    place.enter(monkeypatch)
+    first = StepCache(place.cache).latest("tiny", "train")
+    done = place.step("train", "--profile", str(profile), "--force", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = StepCache(place.cache).latest("tiny", "train")
+    assert first.origin["time"] != again.origin["time"]
+    assert first.key == again.key
+    assert first.manifest.digest == again.manifest.digest
+
+
+@pytest.mark.slow
+def test_rows_that_measure_the_model_are_refused(line, monkeypatch) -> None:
+    place, profile = line
+    place.enter(monkeypatch)
+    rows = write_rows(place.folder / "seen.jsonl", 0, 30)
+    with rows.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"prompt": "say 2.", "completion": "2"}) + "\n")
+    done = place.step("train", "--profile", str(profile), "--data", str(rows))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "line 31 equals question q2" in done.stderr
+    assert "train.allow_overlap" in done.stderr
+
+
+def test_relative_files_count_from_the_profiles_folder(tmp_path, monkeypatch) -> None:
+    profile = write_profile(tmp_path, train={"data": "a.jsonl", "validation": "/rows/b.jsonl"})
+    monkeypatch.chdir("/")
+    train = load_profile(str(profile)).train
+    assert train.data == tmp_path / "a.jsonl"
+    assert train.validation == Path("/rows/b.jsonl")
+    train = load_profile(str(profile), {"train.data": "mine.jsonl"}).train
+    assert train.data == Path("mine.jsonl")  # from where it is run
+
+
+def test_without_rows_it_says_how_to_give_them(tmp_path) -> None:
+    place = Workspace(tmp_path)
+    profile = write_profile(tmp_path)
+    done = place.step("train", "--profile", str(profile))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "has no section train" in done.stderr
+    assert "-P data=FILE" in done.stderr
+    done = place.step("train", "--profile", str(profile), "--data", "gone.jsonl")
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "train.data: there is no file" in done.stderr
