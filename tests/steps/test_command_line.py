@@ -20,6 +20,7 @@ from tests.conftest import ROOT, Workspace
 COMMANDS = ("main", "cache", "score", "serve")
 STEPS = (
     "fetch",
+    "train",
     "search",
     "quantize",
     "export",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -131,15 +135,41 @@ def test_the_same_again_gives_the_same_folder(line, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+def test_killed_it_goes_on_to_the_same_folder(line, monkeypatch) -> None:
+    place, profile = line
+    place.enter(monkeypatch)
+    assert place.step("train", "--profile", str(profile)).returncode == 0
+    undisturbed = StepCache(place.cache).latest("tiny", "train")
+    options = ("--profile", str(profile), "--force", "true")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steps.train", *options],
+        cwd=place.folder,
+        env=place.whole_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    work = place.cache / "downloads" / f"train-{undisturbed.key}" / "run"
+    while process.poll() is None and not list(work.glob("checkpoint-*/manifest.json")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = place.step("train", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step" in done.stdout + done.stderr
+    again = StepCache(place.cache).latest("tiny", "train")
+    assert again.manifest.digest == undisturbed.manifest.digest
+
+
+@pytest.mark.slow
 def test_rows_that_measure_the_model_are_refused(line, monkeypatch) -> None:
     place, profile = line
     place.enter(monkeypatch)
     rows = write_rows(place.folder / "seen.jsonl", 0, 30)
     with rows.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"prompt": "say 2.", "completion": "2"}) + "\n")
+        stream.write(json.dumps({"prompt": "say 1.", "completion": "1"}) + "\n")
     done = place.step("train", "--profile", str(profile), "--data", str(rows))
     assert done.returncode == EXIT_BAD_INPUT
-    assert "line 31 equals question q2" in done.stderr
+    assert "line 31 equals question q1" in done.stderr
     assert "train.allow_overlap" in done.stderr
 
 
