@@ -61,7 +61,9 @@ class Train(Step[TrainInputs, NoRecord]):
     def inputs(self, request: Request, cache: StepCache) -> TrainInputs:
         chosen = settings_of(request)
         data = _rows_input("train.data", chosen.data)
-        validation = chosen.validation and _rows_input("train.validation", chosen.validation)
+        validation = (
+            _rows_input("train.validation", chosen.validation) if chosen.validation else None
+        )
         checkpoint = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
         return TrainInputs(checkpoint, data, validation)
 

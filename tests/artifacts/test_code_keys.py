@@ -21,7 +21,8 @@ from tests.conftest import ROOT, Workspace
 from tests.fixtures.tiny_line import write_profile
 
 STEPS = (
-    "fetch", "train", "search", "quantize", "export", "log", "register", "evaluate", "promote", "reproduce",
+    "fetch", "train", "search", "quantize", "export", "log", "register", "evaluate", "promote",
+    "reproduce",
 )  # fmt: skip
 
 
