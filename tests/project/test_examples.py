@@ -334,7 +334,8 @@ def test_databricks_task_says_what_it_wants(examples, arguments):
 
 
 def test_every_example_is_documented(examples, root):
-    text = (root / "docs" / "scheduling.md").read_text(encoding="utf-8")
+    documents = [root / "docs" / "scheduling.md", root / "docs" / "training.md"]
+    text = "\n".join(document.read_text(encoding="utf-8") for document in documents)
     linked = set(re.findall(r"\]\(\.\./examples/([^)]+)\)", text))
     files = {str(p.relative_to(examples)) for p in examples.rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
