@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.rows.faults import shown
+from phi3_mlflow.rows.jsonl_file import JsonlFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from phi3_mlflow.quantization.settings import GptqSettings
+    from phi3_mlflow.rows.records import Record
 
 
 Conversation = list[dict[str, str]]
@@ -28,32 +30,29 @@ def calibration_texts(file: Path) -> list[str | Conversation]:
     Raises:
         UserError: the file is not there, is not text, or a line of it is not as it should be.
     """
+    if not file.is_file():
+        raise UserError(f"calibration: {file} cannot be read: there is no such file")
+    if file.suffix == ".jsonl":
+        return [_entry(file, record) for record in JsonlFile(file).records()]
     try:
-        content = file.read_text(encoding="utf-8")
+        return [file.read_text(encoding="utf-8")]
     except OSError as error:
         raise UserError(f"calibration: {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"calibration: {file} is not UTF-8 text") from error
-    if file.suffix != ".jsonl":
-        return [content]
-    lines = enumerate(content.splitlines(), 1)
-    return [_entry(file, number, line) for number, line in lines if line.strip()]
 
 
-def _entry(file: Path, number: int, line: str) -> str | Conversation:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        row = None
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return str(row["text"])
-        messages = row.get("messages")
+def _entry(file: Path, record: Record) -> str | Conversation:
+    if record.fault is None:
+        text, messages = record.values.get("text"), record.values.get("messages")
+        if isinstance(text, str):
+            return text
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):
             return [{"role": m["role"], "content": m["content"]} for m in messages]
+    found = str(record.fault) if record.fault else f"found {shown(record.values)}"
     raise UserError(
-        f'calibration: {file}, line {number}: expected {{"text": "..."}} or {{"messages": '
-        f'[{{"role": "...", "content": "..."}}]}}, found {line[:60]!r}'
+        f'calibration: {file}, {record.where}: expected {{"text": "..."}} or {{"messages": '
+        f'[{{"role": "...", "content": "..."}}]}}; {found}'
     )
 
 
