@@ -114,11 +114,12 @@ def logged_model(uri: str) -> LoggedModel:
             "Give models:/m-... (from the log step), or runs:/RUN_ID/NAME."
         ) from error
     tags.setdefault("flavor", "transformers" if "transformers" in info.flavors else "onnx")
+    kept = (*registry.VERSION_TAGS, *registry.TRAINING_TAGS)
     return LoggedModel(
         flavor=tags["flavor"],
         model_id=info.model_id or info.model_uuid,
         model_uri=uri,
-        tags={key: str(value) for key, value in tags.items() if key in registry.VERSION_TAGS},
+        tags={key: str(value) for key, value in tags.items() if key in kept},
     )
 
 

@@ -32,11 +32,10 @@ VERSION_TAGS = (
     "checkpoint_sha256",
     "artifact_sha256",
     "git_commit",
-    "base_checkpoint_sha256",
-    "data_sha256",
-    "adapter_sha256",
-    "trained_on",
 )
+"""The tags of every version."""
+TRAINING_TAGS = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
+"""Those of a version that was fine-tuned besides."""
 GATE_AGAINST = "gate_against"
 """The tag that holds the champion a version was compared with, as a version number."""
 NO_CHAMPION = "none"

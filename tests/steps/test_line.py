@@ -160,7 +160,7 @@ def test_equal_input_gives_equal_bytes(line, connected: Workspace) -> None:
     for _ in range(2):
         again = {**values, "force": "true"}
         made = [
-            carry_out(module.STEP, read_request(module.STEP.all_parameters, again))
+            carry_out(module.STEP, read_request(module.STEP.parameters, again))
             for module in (quantize, export)
         ]
         assert not any(outcome.hit for outcome in made)
@@ -230,7 +230,7 @@ def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) ->
     from phi3_mlflow.stages import log
 
     _, profile, _ = line
-    request = read_request(log.STEP.all_parameters, {"profile": str(profile), "quiet": "true"})
+    request = read_request(log.STEP.parameters, {"profile": str(profile), "quiet": "true"})
     first = carry_out(log.STEP, request)
     assert first.hit
     model_id = first.record.models[0].model_id
