@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROVENANCE_NAME = "provenance.json"
+TRAINING_KEYS = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
+"""What the provenance of a fine-tuned checkpoint holds besides; its version has them as tags."""
 
 
 def content_manifest(directory: Path) -> Manifest:

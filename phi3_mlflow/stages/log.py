@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.code_keys import modules_in
-from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
+from phi3_mlflow.artifacts.provenance import TRAINING_KEYS, content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.pipeline.inputs import ONNX, folder_input, full_precision
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.inputs import Folder
     from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.flavors.bundle import Flavor
-
-
-TRAINED = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
-"""Tags that fine-tuned versions have besides the others, by their names in the provenance."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def metadata(work: Work[LogInputs], directory: Path) -> dict[str, Any]:
 def version_tags(flavor: str, directory: Path) -> dict[str, str]:
     """The tags of the version that the model becomes."""
     known = read_provenance(directory)
-    trained = {name: str(known[name]) for name in TRAINED if name in known}
+    trained = {name: str(known[name]) for name in TRAINING_KEYS if name in known}
     return trained | {
         "flavor": flavor,
         "precision": str(known.get("precision", "as the checkpoint")),

@@ -34,8 +34,6 @@ VERSION_TAGS = (
     "git_commit",
 )
 """The tags of every version."""
-TRAINING_TAGS = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
-"""Those of a version that was fine-tuned besides."""
 GATE_AGAINST = "gate_against"
 """The tag that holds the champion a version was compared with, as a version number."""
 NO_CHAMPION = "none"
