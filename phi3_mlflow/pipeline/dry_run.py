@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.pipeline.runner import for_step
-from phi3_mlflow.pipeline.sequence import Part, follow, needed
+from phi3_mlflow.pipeline.sequence import Follower, Part, follow, needed
 from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, find_hit, plan
 
 if TYPE_CHECKING:
     from phi3_mlflow.config.parameters import Request
-    from phi3_mlflow.config.profile import Profile
 
 
 class Unknown(Exception):
@@ -47,22 +46,13 @@ class Forecast:
         return f"; needs {self.foreseen}" if self.foreseen else ""
 
 
-class DryRun:
+class DryRun(Follower):
     """Takes the place of a pipeline, looks at each step and does none of them."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
+        super().__init__(request)
         self._cache = StepCache()
         self.forecasts: list[Forecast] = []
-
-    def go_on_with(self, profile: Profile) -> None:
-        """Take another profile for the steps that are left."""
-        self._request = replace(self._request, profile=profile)
-
-    @property
-    def profile(self) -> Profile:
-        """The profile that the next step is given."""
-        return self._request.profile
 
     def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Foretell a step.

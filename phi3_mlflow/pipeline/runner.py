@@ -18,6 +18,7 @@ from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EXIT_DONE, EnvironmentProblem, StepFailed
 from phi3_mlflow.pipeline.command_line import guarded
+from phi3_mlflow.pipeline.sequence import Follower
 from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, carry_out, find_hit, plan
 
 if TYPE_CHECKING:
@@ -25,17 +26,16 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from phi3_mlflow.config.parameters import Request
-    from phi3_mlflow.config.profile import Profile
 
 
-class Pipeline(AbstractContextManager["Pipeline"]):
+class Pipeline(Follower, AbstractContextManager["Pipeline"]):
     """Runs steps one after another as children of a parent run.
 
     What a step has made is kept from being pruned until the whole is done.
     """
 
     def __init__(self, request: Request, parent_run_id: str) -> None:
-        self._request = request
+        super().__init__(request)
         self._parent = parent_run_id
         self._cache = StepCache()
         self._held = ExitStack()
@@ -44,15 +44,6 @@ class Pipeline(AbstractContextManager["Pipeline"]):
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
-
-    def go_on_with(self, profile: Profile) -> None:
-        """Take another profile for the steps that are left."""
-        self._request = replace(self._request, profile=profile)
-
-    @property
-    def profile(self) -> Profile:
-        """The profile that the next step is given."""
-        return self._request.profile
 
     def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Do a step, or find it done.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
+    from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.config.profile import Profile
     from phi3_mlflow.pipeline.step import Outcome, Rec, Step
 
@@ -72,16 +74,26 @@ class Part:
     then: Callable[[Profile, Done], Profile] = goes_on
 
 
-class Follower(Protocol):
-    """Something that steps are given to, one after another: a pipeline, or a dry run."""
+class Follower(ABC):
+    """Something that steps are given to, one after another: a pipeline, or a dry run.
+
+    Args:
+        request: of `main`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
 
     @property
     def profile(self) -> Profile:
         """The profile that the next step is given."""
+        return self._request.profile
 
     def go_on_with(self, profile: Profile) -> None:
         """Take another profile for the steps that are left."""
+        self._request = replace(self._request, profile=profile)
 
+    @abstractmethod
     def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Do a step, or find it done."""
 
