@@ -5,8 +5,9 @@
 
 Takes JSONL, CSV or Parquet with messages, prompt and completion, ShareGPT or Alpaca columns; loss
 is only on what the assistant says. The result is a checkpoint like that of `fetch`, which the steps
-after it take, with `adapter/` in PEFT's format and `training.json`. A killed run goes on where it
-was, and the same checkpoint, rows and settings give the same bytes.
+after it take, with `adapter/` in PEFT's format, `training.json`, and in `validation.jsonl` the rows
+that it is validated with. A killed run goes on where it was, and the same checkpoint, rows and
+settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Train(Step[TrainInputs, NoRecord]):
         from phi3_mlflow.stages.overlap import refuse_overlap
         from phi3_mlflow.training.lora import require_room
         from phi3_mlflow.training.merge import merge_adapter
+        from phi3_mlflow.training.task import write_validation
 
         checkpoint = work.inputs.checkpoint.value
         require_room(checkpoint, settings_of(work.request), work.cache.root)
@@ -98,6 +100,8 @@ class Train(Step[TrainInputs, NoRecord]):
         facts = _facts(work, data, rows, trained)
         text = json.dumps({**facts, "curve": trained.curve}, indent=2, sort_keys=True) + "\n"
         (work.out / "training.json").write_text(text, "utf-8")
+        used = {row.id for row in validation.rows} if validation else set()
+        write_validation(work.out, data.validation, used)
         known = read_provenance(checkpoint)
         write_provenance(
             work.out,
@@ -165,6 +169,7 @@ def _rows_input(key: str, path: Path) -> Input[Path]:
 
 
 def _load(work: Work[TrainInputs]) -> TrainingData:
+    from phi3_mlflow.stages.row_checks import refuse_faulty_checks
     from phi3_mlflow.training.data import load_training
 
     chosen = settings_of(work.request)
@@ -181,6 +186,11 @@ def _load(work: Work[TrainInputs]) -> TrainingData:
     for file, (before, now) in found.items():
         if before != now:
             raise UserError(f"{file} changed while it was read; run it again when it is written")
+    if given:
+        files = {work.inputs.data.shown: data.train, given.shown: data.validation}
+    else:
+        files = {work.inputs.data.shown: (*data.train, *data.validation)}
+    refuse_faulty_checks(files)
     console.say(
         f"  {len(data.train)} rows to train on, {len(data.validation)} to validate with, read as "
         f"{data.format}"

@@ -5,8 +5,10 @@
     sharegpt            conversations: [{"from": "human", "value": "..."}, {"from": "gpt", ...}]
     alpaca              instruction, input (may be left out), output
 
-The last three may have a column `system` as well. In CSV, and wherever a format cannot nest,
-`messages` and `conversations` are JSON text in one cell, and `prompt` and `completion` are texts.
+The last three may have a column `system` as well, and all of them a column `check`: how an answer
+of the model's own to the row is checked, as in a file of questions. In CSV, and wherever a format
+cannot nest, `messages`, `conversations` and `check` are JSON text in one cell, and `prompt` and
+`completion` are texts.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from phi3_mlflow.rows.records import Record
 
 Role = Literal["system", "user", "assistant"]
+
+CHECK = "check"
+"""The column, of every format, that says how an answer is checked."""
 
 _ROLES: Mapping[str, Role] = {role: role for role in get_args(Role)}
 _SHAREGPT_ROLES: Mapping[str, Role] = {**_ROLES, "human": "user", "gpt": "assistant"}
@@ -47,18 +52,25 @@ class Conversation:
         id: sha256 of what is said and by whom, as hex; equal for equal conversations.
         messages: at most one of the system, then user and assistant in turn, the assistant last.
         where: its place in the file, as in `line 12`, for messages.
+        check: how an answer to it is checked, a JSON object; None where the row does not say.
     """
 
     id: str
     messages: tuple[Message, ...]
     where: str
+    check: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, messages: Sequence[Message], where: str = "") -> Conversation:
+    def of(
+        cls,
+        messages: Sequence[Message],
+        where: str = "",
+        check: Mapping[str, Any] | None = None,
+    ) -> Conversation:
         """The conversation of these messages, with its id."""
         said = [[message.role, message.content] for message in messages]
         text = json.dumps(said, ensure_ascii=True, separators=(",", ":"))
-        return cls(hashlib.sha256(text.encode("ascii")).hexdigest(), tuple(messages), where)
+        return cls(hashlib.sha256(text.encode("ascii")).hexdigest(), tuple(messages), where, check)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Format:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column that is read."""
-        return self.needed + self.optional
+        return (*self.needed, *self.optional, CHECK)
 
 
 @dataclass
@@ -116,6 +128,22 @@ class _Row:
         if self.values.get("system") in (None, ""):
             return []
         return [Message("system", self.text("system"))]
+
+    def check(self) -> dict[str, Any] | None:
+        """The object of the column `check`, where a row has one."""
+        value = self.values.get(CHECK)
+        if value in (None, ""):
+            return None
+        try:
+            value = read_json(value) if isinstance(value, str) else value
+            json.dumps(value, allow_nan=False)  # Parquet has more types than JSON
+        except (TypeError, ValueError, RecursionError) as error:
+            self.add(CHECK, value, f"should be an object; as JSON: {error}")
+            return None
+        if isinstance(value, dict):
+            return value
+        self.add(CHECK, value, "should be an object, as in a file of questions")
+        return None
 
     def messages(
         self,
@@ -225,9 +253,10 @@ def read_conversation(record: Record, known: Format, faults: FaultList) -> Conve
     messages = known.read(row)
     if not row.faults:
         row.faults += _out_of_turn(known.needed[0], messages)
+    check = row.check()
     for name, found, reason in row.faults:
         faults.add(record.where, name, found, reason)
-    return None if row.faults else Conversation.of(messages, record.where)
+    return None if row.faults else Conversation.of(messages, record.where, check)
 
 
 def _out_of_turn(name: str, messages: Sequence[Message]) -> Iterator[tuple[str, Any, str]]:

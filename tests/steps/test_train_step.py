@@ -58,6 +58,12 @@ def test_main_ends_with_a_version_that_says_what_it_was_trained_on(line, monkeyp
     assert report["format"] == "prompt_completion"
     assert report["train_rows"] + report["validation_rows"] == 40
     assert report["validation_rows"] > 0
+    kept = (folder / "validation.jsonl").read_text().splitlines()
+    assert len(kept) == report["validation_rows"]
+    assert {m["role"] for line in kept for m in json.loads(line)["messages"]} == {
+        "user",
+        "assistant",
+    }
     assert report["steps"] == -(-report["train_rows"] // 8)
     assert report["curve"][-1]["epoch"] == 1
     assert sorted(p.name for p in (folder / "adapter").iterdir()) == [

@@ -178,6 +178,13 @@ USER, ASSISTANT, SYSTEM = (
         ),
         ("alpaca", {"instruction": "x", "output": "  "}, "output: found '  '; should not be empty"),
         ("alpaca", {"instruction": "x", "output": "y", "input": 3}, "input: found 3; should be a"),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "check": [1]},
+            "check: found [1]; should be",
+        ),
+        ("messages", {"messages": [USER, ASSISTANT], "check": "{"}, "should be an object; as JSON"),
+        ("messages", {"messages": [USER, ASSISTANT], "check": {"x": b""}}, "object; as JSON: "),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said_with_its_field(
@@ -201,3 +208,23 @@ def test_several_faults_of_one_row_are_all_said() -> None:
 def test_keys_of_a_message_that_hold_nothing_do_not_count() -> None:
     row = {"messages": [USER, {**ASSISTANT, "tool_calls": None}]}
     assert read_conversation(Record("line 1", row), FORMATS["messages"], FaultList())
+
+
+@pytest.mark.parametrize("cell", [{"kind": "exact", "value": "x"}, '{"kind":"exact","value":"x"}'])
+def test_a_check_is_read_in_every_format_and_tells_no_rows_apart(cell: Any) -> None:
+    said = Conversation.of([Message("user", "a"), Message("assistant", "b")], "line 1")
+    for name, row in written(said):
+        faults = FaultList()
+        read = read_conversation(Record("line 1", {**row, "check": cell}), FORMATS[name], faults)
+        assert read is not None
+        assert read.check == {"kind": "exact", "value": "x"}
+        assert read == said
+        assert "check" in FORMATS[name].columns
+
+
+@pytest.mark.parametrize("cell", [None, ""])
+def test_a_check_may_be_left_out(cell: Any) -> None:
+    row = {"messages": [USER, ASSISTANT], "check": cell}
+    read = read_conversation(Record("line 1", row), FORMATS["messages"], FaultList())
+    assert read is not None
+    assert read.check is None
