@@ -13,6 +13,8 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_CPUINFO = Path("/proc/cpuinfo")
+_BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}  # Intel and AMD, and ARM's name for it
 
 
 def usable_cores() -> int:
@@ -32,6 +34,16 @@ def available_memory() -> int | None:
     """
     found = [value for value in (_system_memory(), _group_memory()) if value is not None]
     return min(found) if found else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; without them it is emulated."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    flags = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Feat")))
+    return not _BFLOAT16.isdisjoint(next(flags, []))
 
 
 def free_disk(path: Path) -> int:

@@ -85,3 +85,23 @@ def test_a_group_that_only_the_host_sees_is_replaced_by_the_root(
 
 def test_disk_is_asked_where_the_path_will_be(tmp_path: Path) -> None:
     assert machine.free_disk(tmp_path / "not" / "there" / "yet") > 0
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "native"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("Features\t: fp asimd sve bf16 i8mm\n", True),
+        ("", False),
+    ],
+)
+def test_bfloat16_by_the_processors_flags(
+    cpuinfo: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.multiplies_bfloat16() is native
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    assert not machine.multiplies_bfloat16()

@@ -1,0 +1,112 @@
+"""The parts of a checkpoint that texts go through, read one at a time.
+
+The weights stay in the dtype they are stored in until they are needed, and are computed in float32:
+a processor without bfloat16 would emulate it, some hundred times slower. One that multiplies
+bfloat16 by itself may be told to, for what does not have to be equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RotaryEmbedding
+
+from phi3_mlflow.core.machine import multiplies_bfloat16
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phi3_mlflow.checkpoints.reader import CheckpointReader
+    from phi3_mlflow.layers.states import States
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+_TABLE_ROWS = 8192  # of the embedding, read at once
+
+
+class Decoder:
+    """A checkpoint of a Phi-3 model, layer by layer.
+
+    Args:
+        checkpoint: its folder, with `config.json`.
+        reader: its tensors.
+    """
+
+    def __init__(self, checkpoint: Path, reader: CheckpointReader) -> None:
+        self.reader = reader
+        self.config: Any = Phi3Config.from_pretrained(str(checkpoint))
+        self.config._attn_implementation = "sdpa"
+        self.layers = int(self.config.num_hidden_layers)
+        self.hidden = int(self.config.hidden_size)
+        self._rotary = Phi3RotaryEmbedding(self.config)
+
+    @property
+    def head(self) -> str:
+        """The tensor that the head multiplies with; the embedding's where they are tied."""
+        return EMBEDDING if self.config.tie_word_embeddings else HEAD
+
+    def layer(self, number: int) -> Any:
+        """A decoder layer of transformers with the checkpoint's weights, in float32."""
+        with torch.device("meta"):
+            module = Phi3DecoderLayer(self.config, number)
+        prefix = f"model.layers.{number}."
+        tensors = {name: self.reader.read_float(prefix + name) for name in module.state_dict()}
+        module.load_state_dict(tensors, assign=True)
+        return module.eval()
+
+    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the first `length` positions, float32 (1, length, rotated).
+
+        LongRoPE has other factors for a text of more than `original_max_position_embeddings`.
+        """
+        positions = torch.arange(length).unsqueeze(0)
+        cosines, sines = self._rotary(torch.empty(0), positions)
+        return cosines, sines
+
+    def mask(self, length: int) -> torch.Tensor | None:
+        """Which places each place of a text looks at, bool (1, 1, length, length).
+
+        None where that is all before it and itself: no window, or one that is longer.
+        """
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or length <= window:
+            return None
+        here = torch.arange(length)
+        back = here[:, None] - here[None, :]
+        seen: torch.Tensor = (back >= 0) & (back < window)
+        return seen[None, None]
+
+    def embed(self, tokens: torch.Tensor, states: States, part: int = 4096) -> None:
+        """Fill states with the embeddings of token ids (places,); only rows that occur are kept."""
+        wanted, which = torch.unique(tokens, return_inverse=True)
+        found = []
+        for start in range(0, self.reader.shape(EMBEDDING)[0], _TABLE_ROWS):
+            rows = wanted[(wanted >= start) & (wanted < start + _TABLE_ROWS)]
+            if len(rows):
+                table = self.reader.read(EMBEDDING, slice(start, start + _TABLE_ROWS))
+                found.append(table[rows - start])
+        table = torch.cat(found)
+        for start, stop in states.parts(part):
+            states.write(start, table[which[start:stop]].to(torch.float32))
+
+    def norm(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head sees of hidden states (..., hidden)."""
+        weight = self.reader.read_float(NORM)
+        return torch.nn.functional.rms_norm(
+            states, (self.hidden,), weight, self.config.rms_norm_eps
+        )
+
+
+def arithmetic(reader: CheckpointReader) -> torch.dtype:
+    """In what matrices are multiplied where speed counts for more than the last bit.
+
+    bfloat16 where the weights are stored in it and the processor multiplies it by itself; else
+    float32. Sums, norms, softmax and what is carried from layer to layer are float32 anyway.
+    """
+    stored = {reader.entry(name).dtype for name in reader if name.endswith("_proj.weight")}
+    native = stored == {"BF16"} and multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
