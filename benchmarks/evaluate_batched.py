@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from _result import write_result  # noqa: E402
+from _torch_logits import TorchLogits  # noqa: E402
 
 from phi3_mlflow.artifacts.cache import StepCache  # noqa: E402
 from phi3_mlflow.evaluation import datasets  # noqa: E402
 from phi3_mlflow.evaluation.divergence import batches, tokenize  # noqa: E402
-from phi3_mlflow.evaluation.logits import LogitSource, open_logits  # noqa: E402
+from phi3_mlflow.evaluation.logits import LogitSource, OnnxLogits  # noqa: E402
 
 WINDOWS = (16, 64, 256)
 BATCH_TOKENS = 1024
@@ -45,13 +46,10 @@ def score(source: LogitSource, pieces: list[list[int]], batch_tokens: int) -> tu
 
     start, total = time.perf_counter(), 0.0
     for group in batches([len(piece) for piece in pieces], batch_tokens):
-        rows = np.zeros((len(group), max(len(pieces[i]) for i in group)), dtype=np.int32)
-        for row, index in enumerate(group):
-            rows[row, : len(pieces[index])] = pieces[index]
-        logits = torch.from_numpy(np.ascontiguousarray(source.logits(rows)))
-        for row, index in enumerate(group):
+        some = source.logits([np.array(pieces[i], dtype=np.int32) for i in group])
+        for logits, index in zip(some, group, strict=True):
             ids = torch.tensor(pieces[index][1:])
-            places = logits[row, : len(ids)]
+            places = torch.from_numpy(np.ascontiguousarray(logits[: len(ids)]))
             total += torch.nn.functional.cross_entropy(places, ids, reduction="sum").item()
     return time.perf_counter() - start, total
 
@@ -62,7 +60,7 @@ def main() -> None:
     tokens = [i for _, ids in tokenize(reference, ((t.id, t.text) for t in texts)) for i in ids]
     tokens = tokens[:TOKENS]
     rows: list[list[str | int | float | None]] = []
-    for name, source in (("ONNX int4", open_logits(model)), ("full", open_logits(reference))):
+    for name, source in (("ONNX int4", OnnxLogits(model)), ("full", TorchLogits(reference))):
         for window in WINDOWS:
             pieces = [tokens[i : i + window] for i in range(0, len(tokens), window)]
             pieces = [piece for piece in pieces if len(piece) > 1]

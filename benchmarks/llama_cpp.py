@@ -161,22 +161,23 @@ def quality(checkpoint: Path, onnx: Path, pieces: list[list[int]], out: Path) ->
     """KL and top-1 agreement with full precision, of the ONNX model and of llama.cpp's logits."""
     import torch
 
-    from phi3_mlflow.evaluation.divergence import compare
-    from phi3_mlflow.evaluation.logits import OnnxLogits, TorchLogits
+    from phi3_mlflow.evaluation.divergence import compare, cut
+    from phi3_mlflow.evaluation.logits import OnnxLogits
+    from phi3_mlflow.evaluation.streamed import streamed
 
     number_of = {tuple(piece): number for number, piece in enumerate(pieces)}
 
     class Saved:
-        def logits(self, tokens: Any) -> Any:
-            return np.load(out / f"{number_of[tuple(tokens[0].tolist())]}.npy")[None]
+        def logits(self, some: Any) -> Any:
+            return [np.load(out / f"{number_of[tuple(ids.tolist())]}.npy") for ids in some]
 
     texts = [(str(i), piece) for i, piece in enumerate(pieces)]
-    reference = TorchLogits(checkpoint)
     torch.set_num_threads(2)
     found = []
-    for candidate in (OnnxLogits(onnx), Saved()):
-        metrics = compare(reference, candidate, texts, 512).metrics()
-        found.append([metrics["kl_mean"], metrics["top1_agreement"]])
+    with streamed(checkpoint, [ids for _, ids in cut(texts, 512)]) as reference:
+        for candidate in (OnnxLogits(onnx), Saved()):
+            metrics = compare(reference, candidate, texts, 512).metrics()
+            found.append([metrics["kl_mean"], metrics["top1_agreement"]])
     return found
 
 

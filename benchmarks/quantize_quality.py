@@ -44,9 +44,11 @@ def main() -> None:
     """The command line."""
     from _result import write_result
 
-    from phi3_mlflow.evaluation.divergence import compare, tokenize
-    from phi3_mlflow.evaluation.logits import OnnxLogits, TorchLogits
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.evaluation.divergence import compare, cut, tokenize
+    from phi3_mlflow.evaluation.logits import OnnxLogits
     from phi3_mlflow.evaluation.speed import decode_speed
+    from phi3_mlflow.evaluation.streamed import streamed
     from phi3_mlflow.genai.check import check_export
     from phi3_mlflow.genai.export import export_onnx
     from phi3_mlflow.quantization.quantize import quantize_checkpoint
@@ -67,7 +69,8 @@ def main() -> None:
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("quick") or not args.quick]
     texts = tokenize(args.checkpoint, [(row["id"], row["text"]) for row in rows])
-    reference = TorchLogits(args.checkpoint)
+    pieces = [ids for _, ids in cut(texts, args.window)]
+    store = StepCache(args.work / "reference")
     table: list[list[str | int | float | bool | None]] = []
     for name, settings in chosen.items():
         int4, onnx = args.work / "int4", args.work / "onnx"
@@ -76,7 +79,8 @@ def main() -> None:
         export_onnx(int4, onnx, precision="int4", accuracy_level=settings.accuracy_level)
         seconds = time.monotonic() - started
         report = check_export(onnx, settings)
-        found = compare(reference, OnnxLogits(onnx), texts, args.window).metrics()
+        with streamed(args.checkpoint, pieces, store) as reference:
+            found = compare(reference, OnnxLogits(onnx), texts, args.window).metrics()
         table.append(
             [
                 name,

@@ -51,7 +51,8 @@ def show_progress(description: str, total: int | None, unit: str = "bytes") -> I
     Args:
         description: what is being done, a few words.
         total: how many units there are, or None when that is not known.
-        unit: `bytes` are shown as MB with a rate; anything else is counted.
+        unit: `bytes` are shown as MB with a rate; of a `share` only the percentage is shown, for
+            work whose units say nothing to a person; anything else is counted.
     """
     if is_quiet():
         yield _Silent()
@@ -71,15 +72,19 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Meter]:
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
+        ProgressColumn,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
     from rich.progress import Progress as RichProgress
 
-    amount = (
-        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    )
+    amount: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if unit == "bytes":
+        amount = (DownloadColumn(), TransferSpeedColumn())
+    elif unit == "share":
+        amount = (TaskProgressColumn(),)
     with RichProgress(
         TextColumn("  {task.description}"),
         BarColumn(),
@@ -120,13 +125,17 @@ class _Lines:
         self._said = self._count
         elapsed = now - self._start
         amount = self._amount()
-        share = f" ({min(100, 100 * self._count // self._total)} %)" if self._total else ""
+        share = f"{min(100, 100 * self._count // self._total)} %" if self._total else ""
+        if amount:
+            share = share and f" ({share})"
         left = ""
         if self._total and 0 < self._count < self._total:
             left = f", {elapsed / self._count * (self._total - self._count):.0f} s left"
         say(f"  {self._description}: {amount}{share}, {elapsed:.0f} s{left}")
 
     def _amount(self) -> str:
+        if self._unit == "share" and self._total:
+            return ""
         if self._unit != "bytes":
             of = f" of {self._total}" if self._total else ""
             return f"{self._count}{of} {self._unit}"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 MOST_ROWS = 32  # onnxruntime-genai takes no larger batch
+_PLACES = 32  # whose distributions are compared at once: what that takes stays in the cache
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,13 @@ def compare(
     import numpy as np
 
     totals = {text_id: np.zeros(5) for text_id, _ in texts}
-    pieces = [
-        (text_id, np.asarray(piece, dtype=np.int32))
-        for text_id, tokens in texts
-        for piece in windows(tokens, window)
-    ]
+    pieces = cut(texts, window)
     for group in batches([len(ids) for _, ids in pieces], batch_tokens):
-        longest = max(len(pieces[index][1]) for index in group)
-        rows = np.zeros((len(group), longest), dtype=np.int32)
-        for row, index in enumerate(group):
-            rows[row, : len(pieces[index][1])] = pieces[index][1]
-        # What is padded on the right comes later, so no place of a piece ever looks at it.
-        p, q = reference.logits(rows), candidate.logits(rows)
-        for row, index in enumerate(group):
+        together = [pieces[index][1] for index in group]
+        p, q = reference.logits(together), candidate.logits(together)
+        for place, index in enumerate(group):
             text_id, ids = pieces[index]
-            totals[text_id] += _piece(p[row, : len(ids)], q[row, : len(ids)], ids)
+            totals[text_id] += _piece(p[place], q[place], ids)
             advance(len(ids))
     scores = []
     for text_id, total in totals.items():
@@ -147,23 +140,45 @@ def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:
             yield piece
 
 
+def cut(texts: Iterable[tuple[str, Sequence[int]]], window: int) -> list[tuple[str, Array]]:
+    """The pieces of all texts: the text's name, and int32 token ids."""
+    import numpy as np
+
+    return [
+        (text_id, np.asarray(piece, dtype=np.int32))
+        for text_id, tokens in texts
+        for piece in windows(tokens, window)
+    ]
+
+
 def _piece(p_logits: Array, q_logits: Array, tokens: Array) -> Array:
     """Sums over the places of a piece: places, candidate NLL, reference NLL, KL, agreements."""
     import numpy as np
+
+    following = tokens[1:].astype(np.int64)
+    total = np.zeros(5)
+    for start in range(0, len(following), _PLACES):
+        places = slice(start, min(start + _PLACES, len(following)))
+        total += _places(p_logits[places], q_logits[places], following[places])
+    return total
+
+
+def _places(p_logits: Array, q_logits: Array, following: Array) -> Array:
+    import numpy as np
     import torch
 
-    p = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(p_logits[:-1])), -1)
-    q = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(q_logits[:-1])), -1)
+    p = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(p_logits)), -1)
+    q = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(q_logits)), -1)
     # A padded vocabulary may give one model more columns than the other; they mean nothing.
     columns = min(p.shape[1], q.shape[1])
     p, q = p[:, :columns], q[:, :columns]
-    following = torch.from_numpy(tokens[1:].astype(np.int64))[:, None]
+    ids = torch.from_numpy(following)[:, None]
     kl = (p.exp() * (p - q)).sum(-1)
     return np.array(
         [
             len(following),
-            -q.gather(1, following).double().sum().item(),
-            -p.gather(1, following).double().sum().item(),
+            -q.gather(1, ids).double().sum().item(),
+            -p.gather(1, ids).double().sum().item(),
             kl.double().clamp_min(0).sum().item(),
             (p.argmax(-1) == q.argmax(-1)).sum().item(),
         ]

@@ -1,4 +1,4 @@
-"""The next-token logits of a model, whichever runtime it is for."""
+"""The next-token logits of a model in onnxruntime-genai's format, and where a model's files are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.machine import usable_cores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -21,14 +23,14 @@ ONNX_CONFIG = "genai_config.json"
 class LogitSource(Protocol):
     """Something that says what it thinks comes next, at every place of a text."""
 
-    def logits(self, tokens: Array) -> Array:
+    def logits(self, pieces: Sequence[Array]) -> Sequence[Array]:
         """What comes next, at every place.
 
         Args:
-            tokens: (B, S) int32 ids, one text per row, padded on the right at will.
+            pieces: int32 token ids (S,) of each text, of whatever lengths.
 
         Returns:
-            (B, S, vocabulary) float32.
+            float32 (S, vocabulary) of each text.
         """
 
 
@@ -45,42 +47,21 @@ class OnnxLogits:
         self._og = og
         self._model = og.Model(config)
 
-    def logits(self, tokens: Array) -> Array:
-        """(B, S) ids to (B, S, vocabulary) logits."""
+    def logits(self, pieces: Sequence[Array]) -> list[Array]:
+        """Token ids (S,) of each text to logits (S, vocabulary)."""
         import numpy as np
 
+        rows = np.zeros((len(pieces), max(map(len, pieces))), dtype=np.int32)
+        for row, piece in zip(rows, pieces, strict=True):
+            # What is padded on the right comes later, so no place of a piece ever looks at it.
+            row[: len(piece)] = piece
         params = self._og.GeneratorParams(self._model)
         # The whole KV buffer is allocated up front, so no longer than needed.
-        rows = np.ascontiguousarray(tokens, dtype=np.int32)
         params.set_search_options(max_length=rows.shape[1] + 1, batch_size=rows.shape[0])
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(rows)
-        result: Array = np.asarray(generator.get_output("logits"))
-        return result
-
-
-class TorchLogits:
-    """Logits of a Hugging Face checkpoint, in the precision it is stored in."""
-
-    def __init__(self, directory: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, utils
-
-        library: Any = utils.logging
-        library.disable_progress_bar()
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype="auto", trust_remote_code=False, use_safetensors=True
-        )
-        model.eval()
-        self._model = model
-        self._torch = torch
-
-    def logits(self, tokens: Array) -> Array:
-        """(B, S) ids to (B, S, vocabulary) logits."""
-        with self._torch.inference_mode():
-            ids = self._torch.as_tensor(tokens, dtype=self._torch.long)
-            result: Array = self._model(ids, use_cache=False).logits.float().numpy()
-        return result
+        found: Array = np.asarray(generator.get_output("logits"))
+        return [row[: len(piece)] for row, piece in zip(found, pieces, strict=True)]
 
 
 def find_model(directory: Path) -> Path:
@@ -93,14 +74,6 @@ def find_model(directory: Path) -> Path:
         if found := sorted(directory.rglob(name), key=lambda file: len(file.parts)):
             return found[0].parent
     raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
-
-
-def open_logits(directory: Path) -> LogitSource:
-    """A model's logits, whichever runtime its files are for."""
-    model = find_model(directory)
-    if (model / ONNX_CONFIG).is_file():
-        return OnnxLogits(model)
-    return TorchLogits(model)
 
 
 def local_files(model_uri: str) -> Path:

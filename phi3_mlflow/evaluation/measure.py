@@ -8,18 +8,27 @@ or the code changed.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
-from phi3_mlflow.evaluation.divergence import Divergence, compare, tokenize
+from phi3_mlflow.evaluation.divergence import Divergence, compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
-from phi3_mlflow.evaluation.logits import find_model, local_files, open_logits
+from phi3_mlflow.evaluation.logits import (
+    ONNX_CONFIG,
+    LogitSource,
+    OnnxLogits,
+    find_model,
+    local_files,
+)
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
+from phi3_mlflow.evaluation.streamed import streamed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +48,7 @@ SAMPLE = Question.model_validate(
 """Asked of every version and shown to whoever started the run; it does not count."""
 
 BATCH_TOKENS = 1024
+MOST_LOGITS = 1 << 26  # of one model, held at once: 256 MiB
 
 
 def measured(
@@ -83,12 +93,19 @@ def measured(
             return Measurement.read(entry.path), True
         origin = {"parts": parts, "model_uri": model_uri, "time": time.time()}
         with store.building("measure", key, origin) as out:
-            found = measure(model_uri, reference=reference, sets=sets, window=window)
+            found = measure(model_uri, reference=reference, sets=sets, window=window, store=store)
             found.write(out)
     return found, False
 
 
-def measure(model_uri: str, *, reference: Path, sets: Sets, window: int) -> Measurement:
+def measure(
+    model_uri: str,
+    *,
+    reference: Path,
+    sets: Sets,
+    window: int,
+    store: StepCache | None = None,
+) -> Measurement:
     """Measure a model.
 
     Args:
@@ -96,6 +113,7 @@ def measure(model_uri: str, *, reference: Path, sets: Sets, window: int) -> Meas
         reference: the full-precision checkpoint.
         sets: questions, held-out texts and long prompts.
         window: tokens scored in one piece.
+        store: where what the reference makes of the texts is kept.
     """
     model = local_files(model_uri)
     questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
@@ -103,7 +121,7 @@ def measure(model_uri: str, *, reference: Path, sets: Sets, window: int) -> Meas
         asked = ask(model_uri, questions, bar)
     shown, *counted = asked.answers
     answers = replace(asked, answers=tuple(counted))
-    divergence = diverge(reference, model, sets.texts, window)
+    divergence = diverge(reference, model, sets.texts, window, store=store)
     size = sum(f.stat().st_size for f in find_model(model).rglob("*") if f.is_file())
     return Measurement(
         metrics={**divergence.metrics(), **answers.metrics(), "size_bytes": float(size)},
@@ -144,16 +162,34 @@ def diverge(
     texts: Sequence[HeldoutText],
     window: int,
     batch_tokens: int = BATCH_TOKENS,
+    store: StepCache | None = None,
 ) -> Divergence:
-    """Compare a model's files with the full-precision checkpoint on held-out texts."""
+    """Compare a model's files with the full-precision checkpoint on held-out texts.
+
+    Args:
+        reference: the checkpoint.
+        candidate: a folder with an ONNX model or a checkpoint somewhere in it.
+        texts: what both are asked to continue.
+        window: tokens scored in one piece.
+        batch_tokens: places scored at once, fewer where the vocabulary is large.
+        store: where what the reference makes of the texts is kept; None keeps nothing.
+
+    Raises:
+        UserError: no text has two tokens, or the candidate is no model.
+    """
     tokens = tokenize(reference, ((text.id, text.text) for text in texts))
-    total = sum(len(ids) for _, ids in tokens)
-    with show_progress("held-out text", total, "tokens") as bar:
-        return compare(
-            open_logits(reference),
-            open_logits(candidate),
-            tokens,
-            window,
-            bar.advance,
-            batch_tokens,
-        )
+    pieces = [ids for _, ids in cut(tokens, window)]
+    if not pieces:
+        raise UserError("the held-out texts are too short: none of them has two tokens")
+    model = find_model(candidate)
+    with ExitStack() as held:
+        full = held.enter_context(streamed(reference, pieces, store))
+        other: LogitSource
+        if (model / ONNX_CONFIG).is_file():
+            other = OnnxLogits(model)
+        else:
+            other = held.enter_context(streamed(model, pieces, store))
+        total = sum(len(ids) for _, ids in tokens)
+        bar = held.enter_context(show_progress("held-out text", total, "tokens"))
+        most = min(batch_tokens, MOST_LOGITS // full.vocabulary)
+        return compare(full, other, tokens, window, bar.advance, most)

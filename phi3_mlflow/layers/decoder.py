@@ -49,6 +49,11 @@ class Decoder:
         """The tensor that the head multiplies with; the embedding's where they are tied."""
         return EMBEDDING if self.config.tie_word_embeddings else HEAD
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return self.reader.shape(self.head)[0]
+
     def layer(self, number: int) -> Any:
         """A decoder layer of transformers with the checkpoint's weights, in float32."""
         with torch.device("meta"):

@@ -106,10 +106,8 @@ def _attend(decoder: Decoder, projected: torch.Tensor) -> torch.Tensor:
     config, size = decoder.config, _head_size(decoder)
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     split = [heads * size, shared * size, shared * size]
-    query, key, value = (
-        part.unflatten(-1, (-1, size)).transpose(0, 1)[None]
-        for part in torch.split(projected, split, -1)
-    )
+    parts = torch.split(projected, split, -1)
+    query, key, value = (part.view(1, len(part), -1, size).transpose(1, 2) for part in parts)
     rotate: Any = apply_rotary_pos_emb
     query, key = rotate(query, key, *decoder.rotary(len(projected)))
     mask = decoder.mask(len(projected))

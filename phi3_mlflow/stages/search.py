@@ -157,7 +157,8 @@ def build_and_measure(work: Work[SearchInputs]) -> CandidateMetrics:
     with Pipeline(request, work.run.run_id) as pipeline:
         int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
         onnx = pipeline.run(export.STEP, checkpoint=int4.entry.path).entry.path
-    found = diverge(checkpoint, onnx, texts(profile), profile.evaluation.window).metrics()
+    window = profile.evaluation.window
+    found = diverge(checkpoint, onnx, texts(profile), window, store=work.cache).metrics()
     return CandidateMetrics(
         kl_mean=found["kl_mean"],
         top1_agreement=found["top1_agreement"],

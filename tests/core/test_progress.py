@@ -41,6 +41,15 @@ def test_the_last_line_is_printed_once(
     ]
 
 
+def test_of_a_share_only_the_percentage_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
+    with show_progress("computing", 4000, "share") as meter:
+        meter.advance(1000)
+    assert capsys.readouterr().err.splitlines()[0].startswith("  computing: 25 %, 0 s, ")
+
+
 def test_units_are_counted_and_a_total_may_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress("rows", None, "rows") as meter:
         meter.advance(3)
