@@ -65,6 +65,7 @@ _ALL = (
     Parameter("size", "evaluation sets: quick or full", profile_key="evaluation.size"),
     Parameter("questions", "a file of questions of your own", profile_key="evaluation.questions"),
     Parameter("checkpoint", "a checkpoint's folder; auto: what the step before it left"),
+    Parameter("base", "the checkpoint before fine-tuning, its folder; auto: what fetch left"),
     Parameter("onnx", "an ONNX model's folder; auto: what export left"),
     Parameter("model_uri", "a model's URI; auto: what log left, for score and serve the champion"),
     Parameter("version", "a version's number or models:/ URI; auto: the alias challenger"),

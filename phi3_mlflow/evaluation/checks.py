@@ -43,23 +43,23 @@ class StrictModel(BaseModel):
 class ExactCheck(StrictModel):
     """Right when the normalized answer equals, or contains as whole words, `value` or an alias.
 
-    An answer that also contains one of `reject` is wrong: that is how naming every label of a
-    classification is kept from counting.
+    With the mode `identical` nothing is normalized but the blanks around it. An answer that also
+    contains one of `reject` is wrong: that is how naming every label of a classification is kept
+    from counting.
     """
 
     kind: Literal["exact"]
     value: Text
-    mode: Literal["equals", "contains"] = "contains"
+    mode: Literal["equals", "contains", "identical"] = "contains"
     aliases: tuple[Text, ...] = ()
     reject: tuple[Text, ...] = ()
 
-    @field_validator("value", "aliases", "reject")
-    @classmethod
-    def _something_left(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for text in (value,) if isinstance(value, str) else value:
-            if not normalize(text):
-                raise ValueError("should hold a letter or a digit, not punctuation alone")
-        return value
+    @model_validator(mode="after")
+    def _something_left(self) -> ExactCheck:
+        compared = () if self.mode == "identical" else (self.value, *self.aliases)
+        if not all(normalize(text) for text in (*compared, *self.reject)):
+            raise ValueError("should hold a letter or a digit, not punctuation alone")
+        return self
 
 
 class RegexCheck(StrictModel):
@@ -141,7 +141,7 @@ def describe(check: Check) -> str:
     """What a right answer looks like, in words."""
     if isinstance(check, ExactCheck):
         others = f" or {', '.join(check.aliases)}" if check.aliases else ""
-        return f"{'exactly ' if check.mode == 'equals' else ''}{check.value}{others}"
+        return f"{'' if check.mode == 'contains' else 'exactly '}{check.value}{others}"
     if isinstance(check, NumericCheck):
         slack = f" ± {check.tolerance:g}" if check.tolerance else ""
         return f"the number {check.value:g}{slack}"
@@ -204,9 +204,11 @@ def check_answer(check: Check, answer: str | None) -> bool:
 
 def _exact(check: ExactCheck, answer: str) -> bool:
     given = f" {normalize(answer)} "
-    wanted = [f" {normalize(text)} " for text in (check.value, *check.aliases)]
     if any(f" {normalize(text)} " in given for text in check.reject):
         return False
+    if check.mode == "identical":
+        return answer.strip() in {text.strip() for text in (check.value, *check.aliases)}
+    wanted = [f" {normalize(text)} " for text in (check.value, *check.aliases)]
     return any(w == given if check.mode == "equals" else w in given for w in wanted)
 
 

@@ -16,13 +16,21 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.assessments import log_answers
-from phi3_mlflow.evaluation.gate import TIMED, Verdict, against_champion, check_thresholds
+from phi3_mlflow.evaluation.gate import (
+    Verdict,
+    against_champion,
+    check_thresholds,
+    trained_verdict,
+)
 from phi3_mlflow.evaluation.junit import junit_xml
-from phi3_mlflow.evaluation.measure import long_prompts, measured
+from phi3_mlflow.evaluation.measure import long_prompts, measured, measured_checkpoint
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
+from phi3_mlflow.evaluation.metrics import BASE, FULL
+from phi3_mlflow.evaluation.paired import TIMED
 from phi3_mlflow.evaluation.reference import answer_all
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
+from phi3_mlflow.evaluation.task import gain_kept
 from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
@@ -34,6 +42,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A full-precision checkpoint.
+
+    Attributes:
+        path: its folder.
+        digest: of its files, as hex.
+    """
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """What versions are measured against.
 
@@ -41,8 +62,8 @@ class Evaluator:
         facts: what the report says of the model.
         settings: how it is measured.
         gate: what it has to meet.
-        reference: the full-precision checkpoint.
-        reference_digest: of that checkpoint, as hex.
+        reference: what the version was made from, in full precision.
+        base: the checkpoint before it was fine-tuned, if it was.
         sets: what it is measured on.
         store: where measurements are kept.
         fresh: measure what was measured already, too.
@@ -51,8 +72,8 @@ class Evaluator:
     facts: ModelFacts
     settings: EvaluationSettings
     gate: GateSettings
-    reference: Path
-    reference_digest: str
+    reference: Checkpoint
+    base: Checkpoint | None
     sets: Sets
     store: StepCache
     fresh: bool = False
@@ -62,8 +83,12 @@ class Evaluator:
         out.mkdir(parents=True)
         found = self._measure(version, fresh=self.fresh)
         found = self._assess(version, found)
+        base = None
+        if self.base is not None:
+            base = self._measure_checkpoint(self.base, self.sets)
+            found = self._with_task(found, base)
         verdict = check_thresholds(found.metrics, self.gate.thresholds)
-        champion, verdict = self._compare(version, found, verdict)
+        champion, verdict = self._compare(version, found, base, verdict)
         found.write(out)
         write_json(out / "verdict.json", verdict.to_dict())
         (out / "verdict.xml").write_text(junit_xml(version.uri, verdict), "utf-8")
@@ -76,7 +101,7 @@ class Evaluator:
         """Show the answers in MLflow, and add what the judge says of them, if there is one."""
         from mlflow.exceptions import MlflowException
 
-        asked = [*self.sets.questions, *long_prompts(self.reference, self.sets.fitting())]
+        asked = [*self.sets.questions, *long_prompts(self.reference.path, self.sets.fitting())]
         try:
             opinions = log_answers(version, asked, found, self.settings.judge)
         except MlflowException as error:
@@ -95,32 +120,74 @@ class Evaluator:
         shown = {worst.id for worst in worst_answers(evaluation, self.sets.questions, {})}
         asked = [question for question in self.sets.questions if question.id in shown]
         with show_progress("full precision", len(asked), "answered") as bar:
-            return answer_all(self.reference, asked, bar)
+            answers = answer_all(self.reference.path, asked, bar)
+        return {answer.question_id: answer.text for answer in answers}
+
+    def _with_task(self, found: Measurement, base: Measurement) -> Measurement:
+        """Put next to a fine-tuned version's figures those of its base and of full precision."""
+        task_only = replace(self.sets, questions=(), texts=(), needles=())
+        full = self._measure_checkpoint(self.reference, task_only)
+        metrics = {
+            **found.metrics,
+            **{f"{name}{BASE}": value for name, value in base.metrics.items()},
+            **{f"{name}{FULL}": value for name, value in full.metrics.items()},
+        }
+        if self.sets.task:
+            values = (m.metrics["task_accuracy"] for m in (found, base, full))
+            if (kept := gain_kept(*values)) is not None:
+                metrics["task_gain_kept"] = kept
+        return replace(found, metrics=metrics)
 
     def _compare(
-        self, version: registry.VersionName, found: Measurement, verdict: Verdict
+        self,
+        version: registry.VersionName,
+        found: Measurement,
+        base: Measurement | None,
+        verdict: Verdict,
     ) -> tuple[Measurement | None, Verdict]:
+        """Compare with the champion and, where it was fine-tuned, with the base."""
         champion = registry.champion_to_beat(version)
-        margins = self.gate.champion
+        verdict = replace(verdict, trained=base is not None)
         if champion is None:
+            if base is not None:
+                verdict = trained_verdict(verdict, found, base, None, self.gate.trained, None)
             return None, verdict
-        against = Verdict(verdict.checks, against=champion.uri)
+        against = replace(verdict, against=champion.uri)
         if registry.same_content(version, champion):
             note = f"it is the same model as the champion, {champion.uri}"
-            return found, Verdict(verdict.checks, against=champion.uri, note=note)
+            return found, replace(against, note=note)
+        if base is None and registry.was_fine_tuned(champion):
+            note = (
+                f"the champion {champion.uri} was fine-tuned and this version was not: nothing "
+                "here measures the task that the champion was trained for"
+            )
+            return None, replace(against, note=note)
+        margins = self.gate.champion
         try:
             theirs = self._measure(champion, fresh=bool(set(TIMED) & set(margins)))
         except (ProjectError, OSError) as error:
             note = f"the champion {champion.uri} cannot be measured: {error}"
-            return None, Verdict(verdict.checks, against=champion.uri, note=note)
+            return None, replace(against, note=note)
+        if base is not None:
+            wanted = self.gate.trained
+            return theirs, trained_verdict(against, found, base, theirs, wanted, champion.uri)
         return theirs, against_champion(against, found, theirs, margins, champion.uri)
+
+    def _measure_checkpoint(self, checkpoint: Checkpoint, sets: Sets) -> Measurement:
+        return measured_checkpoint(
+            checkpoint.path,
+            checkpoint.digest,
+            sets=sets,
+            window=self.settings.window,
+            store=self.store,
+        )
 
     def _measure(self, version: registry.VersionName, *, fresh: bool) -> Measurement:
         found, was_there = measured(
             version.uri,
             registry.content(version),
-            reference=self.reference,
-            reference_digest=self.reference_digest,
+            reference=self.reference.path,
+            reference_digest=self.reference.digest,
             sets=self.sets,
             window=self.settings.window,
             store=self.store,

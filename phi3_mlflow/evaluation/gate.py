@@ -1,39 +1,36 @@
 """The gate: whether what was measured is good enough, and whether it is better than the champion.
 
-Two questions, decided apart:
+Questions that are decided apart:
 
 - Thresholds: is the version within the bounds that the profile sets, whatever else there is?
 - The champion: on the same items, does anything show that the version is worse by more than the
   profile allows? Does anything show that it is better?
 
-The comparison with the champion is statistical: what the two say to the same questions and about
-the same texts, paired. A difference that chance alone may well have made is neither a reason to
-refuse nor a reason to move the alias.
+Of a fine-tuned version more is asked, because it was changed on purpose: it has to be shown to be
+better at its task, and shown not to be worse by more than allowed at everything else. It is compared
+with the champion and, so that small losses do not add up from one champion to the next, with the
+base before training.
+
+The comparisons are statistical: what two models say to the same questions and about the same texts,
+paired. A difference that chance alone may well have made is neither a reason to refuse nor a reason
+to move the alias.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from phi3_mlflow.evaluation.answers import NEEDLE, Answer
-from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
-from phi3_mlflow.evaluation.statistics import Interval, mcnemar, paired_ratio
+from phi3_mlflow.evaluation.metrics import label
+from phi3_mlflow.evaluation.paired import NAMES, Comparison, compare_metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-    from phi3_mlflow.evaluation.divergence import TextScore
     from phi3_mlflow.evaluation.measurement import Measurement
-    from phi3_mlflow.evaluation.settings import Bound, Margin
+    from phi3_mlflow.evaluation.settings import Bound, Margin, TrainedGateSettings
 
 Decision = Literal["promote", "keep", "refuse"]
-State = Literal["better", "not worse", "undecided", "worse"]
-
-_SIGNIFICANT = 0.05
-_FEWEST_QUESTIONS = 20  # below these, resampling says nothing worth acting on
-_FEWEST_TEXTS = 6
 
 
 @dataclass(frozen=True)
@@ -48,66 +45,60 @@ class ThresholdResult:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One metric compared with the champion's.
-
-    Attributes:
-        margin: by how much it may be worse, in the metric's unit.
-        worse_by: how much worse it is, negative when it is better; with its 95 % interval.
-        state: `worse` is a reason to refuse, `better` one to promote.
-    """
-
-    metric: str
-    champion: float | None
-    found: float | None
-    margin: float | None
-    worse_by: float | None
-    low: float | None
-    high: float | None
-    state: State
-    reason: str
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What the gate says of one version.
 
     Attributes:
         checks: the thresholds.
-        comparisons: with the champion, none when there is none.
+        comparisons: with the champion and, of a fine-tuned version, with its base.
         against: the champion it was compared with, as `models:/NAME/NUMBER`.
         note: what decided, when it was neither a threshold nor a comparison.
+        trained: the version is a fine-tuned one, so that everything that is wanted has to be shown.
     """
 
     checks: tuple[ThresholdResult, ...]
     comparisons: tuple[Comparison, ...] = ()
     against: str | None = None
     note: str = ""
+    trained: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether nothing speaks against the version."""
-        return all(c.passed for c in self.checks) and all(
-            c.state != "worse" for c in self.comparisons
-        )
+        return all(c.passed for c in self.checks) and not self.against_it
 
     @property
     def decision(self) -> Decision:
         """What becomes of the alias."""
         if not self.passed:
             return "refuse"
-        if self.against is None:
-            return "promote"
         if self.note:
             return "keep"
+        if self.trained:
+            return "keep" if self.not_shown else "promote"
+        if self.against is None:
+            return "promote"
         states = [c.state for c in self.comparisons]
         return "promote" if "better" in states or "undecided" not in states else "keep"
+
+    @property
+    def not_shown(self) -> list[Comparison]:
+        """The comparisons that do not show what is wanted."""
+        return [comparison for comparison in self.comparisons if not comparison.shown]
+
+    @property
+    def against_it(self) -> list[Comparison]:
+        """The comparisons that are a reason to refuse."""
+        if self.trained and self.against is None:
+            # There is no champion that could stay: an unproven version would answer everybody.
+            return self.not_shown
+        return [c for c in self.comparisons if c.state == "worse"]
 
     @property
     def reasons(self) -> list[str]:
         """One line for each thing that speaks against the version."""
         failed = [check.reason for check in self.checks if not check.passed]
-        return failed + [c.reason for c in self.comparisons if c.state == "worse"]
+        return failed + [_said(c) for c in self.against_it]
 
     @property
     def why(self) -> str:
@@ -116,6 +107,8 @@ class Verdict:
             return "; ".join(self.reasons)
         if self.note:
             return self.note
+        if self.trained:
+            return self._why_trained
         if self.against is None:
             return "all thresholds are met, and there was no champion"
         better = [label(c.metric) for c in self.comparisons if c.state == "better"]
@@ -126,6 +119,17 @@ class Verdict:
             return "all thresholds are met, and it is not worse than the champion"
         return "nothing shows that it is better than the champion, or as good; measure more to tell"
 
+    @property
+    def _why_trained(self) -> str:
+        if self.not_shown:
+            return "; ".join(map(_said, self.not_shown))
+        gains = [c for c in self.comparisons if c.wanted == "better"]
+        names = ", ".join(label(c.metric) for c in gains)
+        than = NAMES[gains[0].than]
+        losses = sorted({label(c.metric) for c in self.comparisons if c.wanted == "not worse"})
+        kept = f"; shown not to be worse than allowed in: {', '.join(losses)}" if losses else ""
+        return f"better than the {than} in: {names}{kept}"
+
     def to_dict(self) -> dict[str, Any]:
         """The verdict as `verdict.json` holds it."""
         return {
@@ -134,6 +138,7 @@ class Verdict:
             "why": self.why,
             "against": self.against,
             "note": self.note,
+            "trained": self.trained,
             "checks": [asdict(check) for check in self.checks],
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
         }
@@ -194,137 +199,40 @@ def against_champion(
     return replace(verdict, comparisons=tuple(comparisons), against=champion_uri)
 
 
-def compare_metric(
-    metric: str, margin: Margin, found: Measurement, champion: Measurement
-) -> Comparison:
-    """Compare one metric of two models."""
-    mine, theirs = found.metrics.get(metric), champion.metrics.get(metric)
-    if mine is None or theirs is None:
-        who = "the champion" if theirs is None else "the version"
-        reason = f"{metric} was not measured of {who}"
-        return Comparison(metric, theirs, mine, None, None, None, None, "undecided", reason)
-    allowed = margin.by if margin.by is not None else abs(theirs) * (margin.percent or 0) / 100
-    sign = -1.0 if METRICS[metric].better == "higher" else 1.0
-    if metric in EXACT:
-        worse = Interval(sign * (mine - theirs), sign * (mine - theirs), sign * (mine - theirs))
-        # Without noise, but then any byte would count: an improvement has to be worth the name.
-        state: State = "worse" if worse.value > allowed else "not worse"
-        if worse.value < -allowed:
-            state = "better"
-        told = ""
-    else:
-        paired = _PAIRED[metric](metric, found, champion)
-        if paired is None:
-            reason = f"{metric}: too few items in common to tell"
-            return Comparison(metric, theirs, mine, allowed, None, None, None, "undecided", reason)
-        difference, p_value = paired
-        low, high = sorted((sign * difference.low, sign * difference.high))
-        worse = Interval(sign * difference.value, low, high)
-        state, told = _state(worse, allowed, p_value)
-    reason = (
-        f"{label(metric)}: {formatted(metric, mine)}, champion {formatted(metric, theirs)}: "
-        f"{_amount(metric, worse)}, allowed {formatted(metric, allowed)}{told}"
-    )
-    return Comparison(
-        metric, theirs, mine, allowed, worse.value, worse.low, worse.high, state, reason
-    )
+def trained_verdict(
+    verdict: Verdict,
+    found: Measurement,
+    base: Measurement,
+    champion: Measurement | None,
+    margins: TrainedGateSettings,
+    champion_uri: str | None,
+) -> Verdict:
+    """Add to a verdict what has to be shown of a fine-tuned version.
+
+    Args:
+        verdict: on the thresholds.
+        found: of the version.
+        base: of the checkpoint before training, in full precision.
+        champion: of the champion, on the same rows; None where there is none.
+        margins: what has to be shown.
+        champion_uri: for the record.
+    """
+    comparisons = []
+    for metric, margin in sorted(margins.better.items()):
+        if champion is not None:
+            made = compare_metric(metric, margin, found, champion, "champion", "better")
+        else:
+            made = compare_metric(metric, margin, found, base, "base", "better")
+        comparisons.append(made)
+    for metric, margin in sorted(margins.not_worse.items()):
+        if champion is not None:
+            comparisons.append(compare_metric(metric, margin, found, champion))
+        comparisons.append(compare_metric(metric, margin, found, base, "base"))
+    return replace(verdict, comparisons=tuple(comparisons), against=champion_uri, trained=True)
 
 
-def _state(worse: Interval, allowed: float, p_value: float | None) -> tuple[State, str]:
-    certain = p_value is None or p_value < _SIGNIFICANT
-    told = "" if p_value is None else f" (McNemar p = {p_value:.3g})"
-    if worse.low > allowed and certain:
-        return "worse", told
-    if worse.high < 0 and certain:
-        return "better", told
-    return ("not worse" if worse.high <= allowed else "undecided"), told
-
-
-def _amount(metric: str, worse: Interval) -> str:
-    word = "worse" if worse.value >= 0 else "better"
-    text = f"{word} by {formatted(metric, abs(worse.value))}"
-    if worse.low == worse.high:
-        return text
-    low, high = (
-        ("-" if v < 0 else "") + formatted(metric, abs(v)) for v in (worse.low, worse.high)
-    )
-    return f"{text} (95 %: {low} to {high} worse)"
-
-
-Paired = tuple[Interval, float | None] | None
-
-
-def _by_question(
-    found: Measurement, champion: Measurement, value: Callable[[Answer], float | None]
-) -> tuple[list[float], list[float]]:
-    """The values of both models for the questions both were asked: champion's, version's."""
-    before = {a.question_id: a for a in champion.answers if not a.category.startswith(NEEDLE)}
-    pairs = [
-        (value(before[a.question_id]), value(a)) for a in found.answers if a.question_id in before
-    ]
-    whole = [(one, two) for one, two in pairs if one is not None and two is not None]
-    return [one for one, _ in whole], [two for _, two in whole]
-
-
-def _accuracy(metric: str, found: Measurement, champion: Measurement) -> Paired:
-    theirs, mine = _by_question(found, champion, lambda a: float(a.correct))
-    if len(mine) < _FEWEST_QUESTIONS:
-        return None
-    only_theirs = sum(t > m for t, m in zip(theirs, mine, strict=True))
-    only_mine = sum(m > t for t, m in zip(theirs, mine, strict=True))
-    return paired_ratio(theirs, mine), mcnemar(only_theirs, only_mine)
-
-
-def _timing(value: Callable[[Answer], float | None]) -> Callable[..., Paired]:
-    def compare(metric: str, found: Measurement, champion: Measurement) -> Paired:
-        theirs, mine = _by_question(found, champion, value)
-        return None if len(mine) < _FEWEST_QUESTIONS else (paired_ratio(theirs, mine), None)
-
-    return compare
-
-
-def _texts(value: Callable[[TextScore], float]) -> Callable[..., Paired]:
-    def compare(metric: str, found: Measurement, champion: Measurement) -> Paired:
-        before = {score.text_id: score for score in champion.scores}
-        pairs = [(before[s.text_id], s) for s in found.scores if s.text_id in before]
-        if len(pairs) < _FEWEST_TEXTS:
-            return None
-        difference = paired_ratio(
-            [value(one) for one, _ in pairs],
-            [value(two) for _, two in pairs],
-            [score.places for _, score in pairs],
-        )
-        return _as_perplexity(metric, difference, pairs), None
-
-    return compare
-
-
-def _as_perplexity(
-    metric: str, nll: Interval, pairs: Sequence[tuple[TextScore, TextScore]]
-) -> Interval:
-    """A difference of mean NLL as one of perplexity (or of its ratio to full precision)."""
-    if metric not in ("perplexity", "perplexity_ratio"):
-        return nll
-    places = sum(one.places for one, _ in pairs)
-    base = sum(one.candidate_nll for one, _ in pairs) / places
-    if metric == "perplexity_ratio":
-        base -= sum(one.reference_nll for one, _ in pairs) / places
-    low, value, high = (math.exp(base + d) - math.exp(base) for d in (nll.low, nll.value, nll.high))
-    return Interval(value, low, high)
-
-
-EXACT = ("size_bytes", "peak_memory_bytes")
-TIMED = ("tokens_per_second", "time_to_first_token_s")
-"""Comparable only when both models were measured one after the other."""
-
-_PAIRED: Mapping[str, Callable[[str, Measurement, Measurement], Paired]] = {
-    "accuracy": _accuracy,
-    "perplexity": _texts(lambda score: score.candidate_nll),
-    "perplexity_ratio": _texts(lambda score: score.candidate_nll),
-    "kl_mean": _texts(lambda score: score.kl),
-    "top1_agreement": _texts(lambda score: float(score.agreements)),
-    "tokens_per_second": _timing(lambda a: a.rate),
-    "time_to_first_token_s": _timing(lambda a: a.first_seconds),
-    "endless_rate": _timing(lambda a: float(a.finish_reason == "length")),
-    "repetition_rate": _timing(lambda a: float(a.repeats)),
-}
+def _said(comparison: Comparison) -> str:
+    """A comparison that does not show what is wanted, as a reason."""
+    if comparison.state == "worse":
+        return comparison.reason
+    return f"not shown to be {comparison.wanted}: {comparison.reason}"

@@ -27,11 +27,12 @@ def junit_xml(name: str, verdict: Verdict) -> str:
             failures += 1
             _says(case, "failure", check.reason)
     for comparison in verdict.comparisons:
-        case = _case(suite, f"champion {verdict.against}", f"{comparison.metric} not worse")
-        if comparison.state == "worse":
+        group = f"champion {verdict.against}" if comparison.than == "champion" else "untrained base"
+        case = _case(suite, group, f"{comparison.metric} {comparison.wanted}")
+        if comparison in verdict.against_it:
             failures += 1
             _says(case, "failure", comparison.reason)
-        elif comparison.state == "undecided":
+        elif not comparison.shown:
             skipped += 1
             _says(case, "skipped", comparison.reason)
     cases = len(verdict.checks) + len(verdict.comparisons)

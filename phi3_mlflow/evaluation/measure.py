@@ -10,28 +10,24 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.answers import NEEDLE, ask
+from phi3_mlflow.evaluation.baseline import loss_on_task, measure_checkpoint
 from phi3_mlflow.evaluation.divergence import Divergence, compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
-from phi3_mlflow.evaluation.logits import (
-    ONNX_CONFIG,
-    LogitSource,
-    OnnxLogits,
-    find_model,
-    local_files,
-)
+from phi3_mlflow.evaluation.logits import find_model, local_files
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
-from phi3_mlflow.evaluation.streamed import streamed
+from phi3_mlflow.evaluation.streamed import BATCH_TOKENS, open_logits, streamed, together
+from phi3_mlflow.evaluation.task import CATEGORY, task_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from phi3_mlflow.evaluation.sets import Sets
@@ -47,8 +43,6 @@ SAMPLE = Question.model_validate(
 )
 """Asked of every version and shown to whoever started the run; it does not count."""
 
-BATCH_TOKENS = 1024
-MOST_LOGITS = 1 << 26  # of one model, held at once: 256 MiB
 
 
 def measured(
@@ -77,23 +71,70 @@ def measured(
     Returns:
         The measurement, and whether it was there already.
     """
-    measuring = closure((__name__,))
     parts = {
         "content": content or model_uri,
         "reference": reference_digest,
         "sets": sets.digests(),
         "window": window,
-        "code": measuring.hashes(),
-        "libraries": library_versions([measuring]),
     }
+
+    def make() -> Measurement:
+        return measure(model_uri, reference=reference, sets=sets, window=window, store=store)
+
+    return _kept(parts, make, store, known=bool(content) and not fresh, model_uri=model_uri)
+
+
+def measured_checkpoint(
+    checkpoint: Path, digest: str, *, sets: Sets, window: int, store: StepCache
+) -> Measurement:
+    """Measure a full-precision checkpoint, or find what was measured of it.
+
+    Args:
+        checkpoint: in Hugging Face layout.
+        digest: of its files, as hex.
+        sets: what it is measured on; long prompts are not asked.
+        window: tokens of a text that are scored in one piece.
+        store: where measurements are kept.
+    """
+    parts = {"checkpoint": digest, "sets": replace(sets, needles=()).digests(), "window": window}
+
+    def make() -> Measurement:
+        return measure_checkpoint(checkpoint, sets, window, store)
+
+    return _kept(parts, make, store)[0]
+
+
+def _kept(
+    parts: Mapping[str, Any],
+    make: Callable[[], Measurement],
+    store: StepCache,
+    *,
+    known: bool = True,
+    **origin: str,
+) -> tuple[Measurement, bool]:
+    """What was measured under these parts, with the code and libraries of now, or is measured now.
+
+    Args:
+        parts: what decides the measurement.
+        make: measures.
+        store: where measurements are kept.
+        known: False measures in any case.
+        origin: for the record.
+
+    Returns:
+        The measurement, and whether it was there already.
+    """
+    measuring = closure((__name__,))
+    parts = {
+        **parts, "code": measuring.hashes(), "libraries": library_versions([measuring])
+    }  # fmt: skip
     key = key_of(parts)
     with store.locked("measure", key):
-        entry = store.find("measure", key) if content and not fresh else None
+        entry = store.find("measure", key) if known else None
         if entry:
             return Measurement.read(entry.path), True
-        origin = {"parts": parts, "model_uri": model_uri, "time": time.time()}
-        with store.building("measure", key, origin) as out:
-            found = measure(model_uri, reference=reference, sets=sets, window=window, store=store)
+        with store.building("measure", key, {"parts": parts, **origin, "time": time.time()}) as out:
+            found = make()
             found.write(out)
     return found, False
 
@@ -116,18 +157,29 @@ def measure(
         store: where what the reference makes of the texts is kept.
     """
     model = local_files(model_uri)
+    task = sets.task
     questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
+    questions += task.questions if task else ()
     with show_progress("questions", len(questions), "answered") as bar:
         asked = ask(model_uri, questions, bar)
     shown, *counted = asked.answers
-    answers = replace(asked, answers=tuple(counted))
+    answers = replace(asked, answers=tuple(a for a in counted if a.category != CATEGORY))
+    task_answers = tuple(answer for answer in counted if answer.category == CATEGORY)
     divergence = diverge(reference, model, sets.texts, window, store=store)
+    scores = loss_on_task(find_model(model), task, store) if task else ()
     size = sum(f.stat().st_size for f in find_model(model).rglob("*") if f.is_file())
     return Measurement(
-        metrics={**divergence.metrics(), **answers.metrics(), "size_bytes": float(size)},
+        metrics={
+            **divergence.metrics(),
+            **answers.metrics(),
+            **task_metrics([answer.correct for answer in task_answers], scores),
+            "size_bytes": float(size),
+        },
         answers=answers.answers,
         scores=divergence.scores,
         sample={"question": SAMPLE.messages[-1].content, "answer": shown.text},
+        task_answers=task_answers,
+        task_scores=scores,
     )
 
 
@@ -184,12 +236,8 @@ def diverge(
     model = find_model(candidate)
     with ExitStack() as held:
         full = held.enter_context(streamed(reference, pieces, store))
-        other: LogitSource
-        if (model / ONNX_CONFIG).is_file():
-            other = OnnxLogits(model)
-        else:
-            other = held.enter_context(streamed(model, pieces, store))
+        other = held.enter_context(open_logits(model, pieces, store))
         total = sum(len(ids) for _, ids in tokens)
         bar = held.enter_context(show_progress("held-out text", total, "tokens"))
-        most = min(batch_tokens, MOST_LOGITS // full.vocabulary)
+        most = together(full.vocabulary, batch_tokens)
         return compare(full, other, tokens, window, bar.advance, most)

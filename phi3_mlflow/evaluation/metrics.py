@@ -66,6 +66,18 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
+    "task_accuracy": Metric(
+        "task done right", _share, "higher", "Share of the rows set aside that are answered right."
+    ),
+    "task_loss": Metric(
+        "loss on the task", _nats, "lower", "Per token of the answers in the rows set aside."
+    ),
+    "task_gain_kept": Metric(
+        "gain of training kept",
+        _share,
+        "higher",
+        "Of what training gained at the task in full precision, the share that int4 has left.",
+    ),
     "accuracy": Metric(
         "questions answered right", _share, "higher", "Share of the questions whose answer passes."
     ),
@@ -125,6 +137,8 @@ METRICS: Mapping[str, Metric] = {
 """In the order in which they are shown."""
 
 HEADLINE = (
+    "task_accuracy",
+    "task_gain_kept",
     "accuracy",
     "perplexity",
     "perplexity_reference",
@@ -138,8 +152,14 @@ HEADLINE = (
 """What a version's tags, its card and the console show."""
 
 
+BASE, FULL = "_base", "_full"
+"""What follows the name of a metric that was measured of the base before training, and of the
+fine-tuned checkpoint in full precision."""
+
+
 def formatted(metric: str, value: float) -> str:
     """A value with its unit; what is not known is written with four digits."""
+    metric = metric.removesuffix(BASE).removesuffix(FULL)
     if metric in METRICS:
         return METRICS[metric].write(value)
     return _share(value) if metric.startswith(("accuracy.", "judge.")) else f"{value:.4g}"

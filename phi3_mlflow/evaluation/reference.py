@@ -1,8 +1,13 @@
-"""What the full-precision checkpoint itself answers, through transformers."""
+"""What a full-precision checkpoint itself answers, through transformers, many questions at once."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
+
+from phi3_mlflow.evaluation.answers import Answer, repeats
+from phi3_mlflow.evaluation.checks import check_answer
+from phi3_mlflow.evaluation.divergence import batches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -11,9 +16,17 @@ if TYPE_CHECKING:
     from phi3_mlflow.core.progress import Meter
     from phi3_mlflow.evaluation.items import Question
 
+_BATCH_TOKENS = 4096  # of prompts and answers computed together, padding included
 
-def answer_all(checkpoint: Path, questions: Sequence[Question], progress: Meter) -> dict[str, str]:
+
+def answer_all(
+    checkpoint: Path, questions: Sequence[Question], progress: Meter
+) -> tuple[Answer, ...]:
     """Ask a Hugging Face checkpoint, greedily.
+
+    Questions of like length are computed together: a step for many costs little more than a step
+    for one, because reading the weights is what takes the time. The times of the answers are
+    therefore shares of their batch's, and say nothing about a single request.
 
     Args:
         checkpoint: the folder, with its tokenizer and chat template.
@@ -21,27 +34,79 @@ def answer_all(checkpoint: Path, questions: Sequence[Question], progress: Meter)
         progress: counts the questions.
 
     Returns:
-        Question id to answer.
+        One answer per question, in the same order.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        str(checkpoint), trust_remote_code=False, padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(checkpoint), dtype="auto", trust_remote_code=False, use_safetensors=True
+        str(checkpoint), dtype=torch.float32, trust_remote_code=False, use_safetensors=True
     )
     model.eval()
-    answers: dict[str, str] = {}
-    for question in questions:
-        ids = tokenizer.apply_chat_template(
+    prompts = [
+        tokenizer.apply_chat_template(
             [message.model_dump() for message in question.messages],
             add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
+            tokenize=False,
         )
-        with torch.inference_mode():
-            made = model.generate(**ids, max_new_tokens=question.max_tokens, do_sample=False)
-        answer = made[0, ids["input_ids"].shape[1] :]
-        answers[question.id] = tokenizer.decode(answer, skip_special_tokens=True)
-        progress.advance(1)
+        for question in questions
+    ]
+    lengths = [
+        len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + question.max_tokens
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+    answers: dict[int, Answer] = {}
+    for group in batches(lengths, _BATCH_TOKENS):
+        made = _together(
+            model, tokenizer, [prompts[i] for i in group], [questions[i] for i in group]
+        )
+        answers.update(zip(group, made, strict=True))
+        progress.advance(len(group))
+    return tuple(answers[index] for index in range(len(questions)))
+
+
+def _together(
+    model: Any, tokenizer: Any, prompts: list[str], questions: list[Question]
+) -> list[Answer]:
+    """The answers to some questions, computed as one batch."""
+    import torch
+
+    start = time.monotonic()
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        made = model.generate(
+            **inputs,
+            max_new_tokens=max(question.max_tokens for question in questions),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    seconds = (time.monotonic() - start) / len(questions)
+    width = inputs["input_ids"].shape[1]
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = []
+    for row, question in enumerate(questions):
+        tokens = made[row, width:].tolist()[: question.max_tokens]
+        stop = next((at for at, token in enumerate(tokens) if token in ends), None)
+        said = tokens if stop is None else tokens[:stop]
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        answers.append(
+            Answer(
+                question_id=question.id,
+                category=question.category,
+                text=text,
+                correct=check_answer(question.check, text),
+                seconds=seconds,
+                first_seconds=None,
+                prompt_tokens=int(inputs["attention_mask"][row].sum()),
+                completion_tokens=len(said),
+                finish_reason="length" if stop is None else "stop",
+                repeats=repeats(text),
+            )
+        )
     return answers

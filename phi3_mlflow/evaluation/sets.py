@@ -1,4 +1,4 @@
-"""What a model is measured on: questions, held-out texts, long prompts."""
+"""What a model is measured on: questions, held-out texts, long prompts, the rows of its task."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
+    from phi3_mlflow.evaluation.task import Task
 
 _TEMPLATE_ROOM = 64  # tokens that a chat template adds to a long prompt, at most
 
@@ -24,16 +25,19 @@ class Sets:
         texts: held-out documents, for perplexity and divergence.
         needles: recipes of long prompts.
         context: tokens that fit the model; needles beyond it are left out.
+        task: what the model was fine-tuned for, if it was.
     """
 
     questions: Sequence[Question]
     texts: Sequence[HeldoutText]
     needles: Sequence[Needle] = ()
     context: int = 0
+    task: Task | None = None
 
     def digests(self) -> dict[str, str]:
         """The fingerprints of what a model is really asked, as hex."""
-        return {
+        task = {"task_sha256": self.task.digest()} if self.task else {}
+        return task | {
             "questions_sha256": digest(self.questions),
             "texts_sha256": digest(self.texts),
             "needles_sha256": digest(self.fitting()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -45,6 +46,18 @@ class EvaluationSettings(Section):
     questions: str = Field(default="auto", description="a JSONL, CSV or Parquet file of questions")
     texts: str = Field(default="auto", description="a JSONL file of held-out texts")
     window: int = Field(default=512, ge=32, le=4096, description="tokens scored in one piece")
+    task_check: Literal["auto", "text", "json"] = Field(
+        default="auto",
+        description="when an answer to a row that training set aside is right: the same text, the "
+        "same JSON value, or auto: JSON where the row's answer is an object or a list. A row "
+        "may have a check of its own, as a question has",
+    )
+    task_rows: int = Field(
+        default=200,
+        ge=20,
+        le=100_000,
+        description="rows that training set aside which are asked at most, chosen by their content",
+    )
     judge: JudgeSettings | None = Field(
         default=None, description="a model that judges the answers; default: none"
     )
@@ -66,10 +79,10 @@ class Bound(Section):
 
 
 class Margin(Section):
-    """By how much a metric may be worse than the champion's."""
+    """By how much a metric may be worse than another model's, or has to be better."""
 
     by: float | None = Field(default=None, ge=0, description="in the metric's own unit")
-    percent: float | None = Field(default=None, ge=0, description="of the champion's value")
+    percent: float | None = Field(default=None, ge=0, description="of the other model's value")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Margin:
@@ -90,12 +103,59 @@ GATED_METRICS = (
     "time_to_first_token_s",
     "peak_memory_bytes",
     "size_bytes",
+    "task_accuracy",
+    "task_loss",
+    "task_gain_kept",
 )
-"""The metrics that a profile may set bounds and margins for."""
+"""The metrics that a profile may set bounds for."""
+
+_TASK_METRICS = ("task_accuracy", "task_loss")
+_GENERAL_METRICS = ("accuracy", "perplexity", "endless_rate", "repetition_rate")
+_COMPARABLE = tuple(metric for metric in GATED_METRICS if not metric.startswith("task_"))
 
 
 def _default_margins() -> dict[str, Margin]:
     return {"accuracy": Margin(by=0.05), "kl_mean": Margin(percent=10)}
+
+
+def _default_gains() -> dict[str, Margin]:
+    return {"task_accuracy": Margin(by=0)}
+
+
+def _default_losses() -> dict[str, Margin]:
+    return {"accuracy": Margin(by=0.15), "perplexity": Margin(percent=10)}
+
+
+class TrainedGateSettings(Section):
+    """What has to be shown of a fine-tuned version, in place of `gate.champion`."""
+
+    better: dict[str, Margin] = Field(
+        default_factory=_default_gains,
+        min_length=1,
+        description="task_accuracy or task_loss: by how much it has to be better, at least, than "
+        "the champion or, where there is none, than the base before training",
+    )
+    not_worse: dict[str, Margin] = Field(
+        default_factory=_default_losses,
+        description="accuracy, perplexity, endless_rate or repetition_rate on the general sets: by "
+        "how much it may be worse than the champion, and than the base",
+    )
+
+    @field_validator("better", "not_worse")
+    @classmethod
+    def _known_metrics(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        _refuse_unknown(value, _TASK_METRICS if info.field_name == "better" else _GENERAL_METRICS)
+        return value
+
+
+def _refuse_unknown(metrics: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse metrics that are not among the known.
+
+    Raises:
+        ValueError: some are not.
+    """
+    if unknown := sorted(set(metrics) - set(known)):
+        raise ValueError(f"unknown metric {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 class GateSettings(Section):
@@ -106,21 +166,20 @@ class GateSettings(Section):
     )
     champion: dict[str, Margin] = Field(
         default_factory=_default_margins,
-        description="by how much it may be worse than the champion; {} compares nothing",
+        description="by how much it may be worse than the champion; {} compares nothing. Without "
+        "effect for a fine-tuned version",
+    )
+    trained: TrainedGateSettings = Field(
+        default_factory=TrainedGateSettings,
+        description="what has to be shown of a fine-tuned version, in place of champion",
     )
 
     @field_validator("thresholds", "champion")
     @classmethod
     def _known_metrics(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         # What a judge says of two models is not paired, so it is good for thresholds only.
-        by_a_judge = info.field_name == "thresholds"
-        unknown = sorted(
-            metric
-            for metric in value
-            if metric not in GATED_METRICS and not (by_a_judge and metric.startswith("judge."))
-        )
-        if unknown:
-            raise ValueError(
-                f"unknown metric {', '.join(unknown)}; there are {', '.join(GATED_METRICS)}"
-            )
+        if info.field_name == "champion":
+            _refuse_unknown(value, _COMPARABLE)
+        else:
+            _refuse_unknown((m for m in value if not m.startswith("judge.")), GATED_METRICS)
         return value

@@ -22,6 +22,7 @@ from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.progress import show_progress
+from phi3_mlflow.evaluation.logits import ONNX_CONFIG, OnnxLogits
 from phi3_mlflow.layers import head
 from phi3_mlflow.layers.decoder import Decoder, arithmetic
 from phi3_mlflow.layers.forward import final_states, work
@@ -33,12 +34,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phi3_mlflow.evaluation.logits import LogitSource
+
     Array = NDArray[Any]
 
 STEP = "states"
 """Under which name the states lie in the step cache."""
 
+BATCH_TOKENS = 1024
+"""Places whose logits are worked on at once."""
+
 _FILE = "states.f32"
+_MOST_LOGITS = 1 << 26  # of one model, held at once: 256 MiB
 
 
 class StreamedLogits:
@@ -76,6 +83,29 @@ class StreamedLogits:
         ]
         found = head.logits(self._decoder, torch.cat(rows), self._dtype)
         return [part.numpy() for part in torch.split(found, lengths)]
+
+
+def together(vocabulary: int, batch_tokens: int = BATCH_TOKENS) -> int:
+    """Places whose logits are held at once: fewer than so many where the vocabulary is large."""
+    return min(batch_tokens, _MOST_LOGITS // vocabulary)
+
+
+@contextmanager
+def open_logits(
+    model: Path, pieces: Sequence[Array], store: StepCache | None = None
+) -> Iterator[LogitSource]:
+    """The logits of a model on texts, whichever runtime its files are for.
+
+    Args:
+        model: a folder with an ONNX model or a checkpoint.
+        pieces: token ids of the texts, int32 (S,) each; no others can be asked about.
+        store: where the states of a checkpoint are kept.
+    """
+    if (model / ONNX_CONFIG).is_file():
+        yield OnnxLogits(model)
+    else:
+        with streamed(model, pieces, store) as source:
+            yield source
 
 
 @contextmanager

@@ -5,24 +5,32 @@
     python -m steps.evaluate --questions mine.csv
 
 Measured: perplexity, KL divergence and top-1 agreement on held-out text, the share of questions
-answered right, speed, memory. The profile's thresholds and the comparison with the champion, on
-the same questions and texts, decide. The version gets the tag `gate` and the reasons; the run the
+answered right, speed, memory; of a fine-tuned version also its task, on the rows that training set
+aside, next to the base before training. The profile's thresholds and the comparison with the
+champion, on the same questions and texts, decide. The version gets the tag `gate` and the reasons; the run the
 figures, every answer, the verdict as JSON and JUnit XML, and report.html, which needs no network.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.inputs import Folder, Input
+from phi3_mlflow.artifacts.provenance import content_digest, read_provenance
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.metrics import HEADLINE
 from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
 from phi3_mlflow.evaluation.sets import Sets
-from phi3_mlflow.pipeline.inputs import full_precision, preceding_output
+from phi3_mlflow.pipeline.inputs import (
+    CHECKPOINT,
+    folder_input,
+    full_precision,
+    preceding_output,
+)
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, RegisteredVersions
@@ -41,11 +49,19 @@ Versions = tuple[VersionName, ...]
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """The versions, the champions they are compared with, and the full-precision checkpoint."""
+    """The versions, the champions they are compared with, and what they were made from.
+
+    Attributes:
+        version: that are measured.
+        champion: that they are compared with.
+        checkpoint: the full-precision checkpoint they were made from.
+        base: what that was fine-tuned from, if it was.
+    """
 
     version: Input[Versions]
     champion: Input[Versions]
     checkpoint: Folder
+    base: Folder | None
 
 
 class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
@@ -54,7 +70,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
     name = "evaluate"
     doing = "measuring the version against full precision"
     parameters = step_parameters(
-        "version", "checkpoint", "flavor", "registered_model", "size", "questions"
+        "version", "checkpoint", "base", "flavor", "registered_model", "size", "questions"
     )
     record_type = EvaluationRecord
     in_mlflow = True
@@ -64,7 +80,10 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         versions = _versions(request, cache)
         champions = [registry.champion_to_beat(version) for version in versions]
         return EvaluateInputs(
-            _input(versions), _input([champion for champion in champions if champion]), reference
+            _input(versions),
+            _input([champion for champion in champions if champion]),
+            reference,
+            _base(request, cache, reference),
         )
 
     def settings(self, request: Request) -> Settings:
@@ -77,25 +96,33 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             **load_sets(profile).digests(),
             "thresholds": gate["thresholds"],
             "champion_margins": gate["champion"],
+            "trained_margins": gate["trained"],
+            "task_check": profile.evaluation.task_check,
+            "task_rows": profile.evaluation.task_rows,
             "tracking": tracking_identity(),
         }
 
     def work(self, work: Work[EvaluateInputs]) -> None:
         import mlflow
 
-        from phi3_mlflow.evaluation.evaluate import Evaluator
+        from phi3_mlflow.evaluation.evaluate import Checkpoint, Evaluator
         from phi3_mlflow.evaluation.hardware import hardware
         from phi3_mlflow.evaluation.judge import check_judge
+        from phi3_mlflow.evaluation.task import read_task
 
         profile = work.request.profile
         check_judge(profile.evaluation.judge)
+        inputs, chosen = work.inputs, profile.evaluation
         sets = load_sets(profile)
+        if inputs.base is not None:
+            task = read_task(inputs.checkpoint.value, chosen.task_check, chosen.task_rows)
+            sets = replace(sets, task=task)
         evaluator = Evaluator(
             facts=model_facts(profile),
             settings=profile.evaluation,
             gate=profile.gate,
-            reference=work.inputs.checkpoint.value,
-            reference_digest=work.inputs.checkpoint.digest,
+            reference=Checkpoint(inputs.checkpoint.value, inputs.checkpoint.digest),
+            base=Checkpoint(inputs.base.value, inputs.base.digest) if inputs.base else None,
             sets=sets,
             store=work.cache,
             fresh=work.request.flag("force"),
@@ -144,6 +171,27 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
 def _input(versions: Sequence[VersionName]) -> Input[Versions]:
     digest = " ".join(f"{version.uri}#{registry.content(version)}" for version in versions)
     return Input(tuple(versions), digest, " ".join(version.uri for version in versions))
+
+
+def _base(request: Request, cache: StepCache, reference: Folder) -> Folder | None:
+    """What a fine-tuned checkpoint was made from; None of one that was not fine-tuned.
+
+    Raises:
+        UserError: it is another checkpoint than the one that was trained.
+    """
+    known = read_provenance(reference.value)
+    if "adapter_sha256" not in known:
+        return None
+    base = folder_input(request, cache, "base", "fetch", CHECKPOINT)
+    wanted = known.get("base_checkpoint_sha256")
+    found = read_provenance(base.value).get("checkpoint_sha256") or content_digest(base.value)
+    if wanted != found:
+        raise UserError(
+            f"parameter: base: {base.shown} is not what the fine-tuned checkpoint was trained "
+            f"from: its sha256 is {found}, and training began with {wanted}. Name that checkpoint "
+            "with -P base=FOLDER, or train again."
+        )
+    return base
 
 
 def _versions(request: Request, cache: StepCache) -> Versions:

@@ -89,7 +89,11 @@ SEQUENCE = (
     Part(REGISTER, lambda done: {"model_uri": done.record(LOG)}),
     Part(
         EVALUATE,
-        lambda done: {"version": done.record(REGISTER), **checkpoint(done)},
+        lambda done: {
+            "version": done.record(REGISTER),
+            "base": done.folder(FETCH),
+            **checkpoint(done),
+        },
     ),
     Part(PROMOTE, lambda done: {"version": done.record(REGISTER).challenger}),
 )

@@ -200,6 +200,11 @@ def same_content(one: VersionName, other: VersionName) -> bool:
     return bool(content(one)) and content(one) == content(other)
 
 
+def was_fine_tuned(version: VersionName) -> bool:
+    """Whether a version was trained further, as its tags say."""
+    return "adapter_sha256" in describe(version).tags
+
+
 def number_of(uri: str | None) -> str:
     """The version in `models:/NAME/NUMBER`, or `NO_CHAMPION`."""
     return uri.rpartition("/")[2] if uri else NO_CHAMPION

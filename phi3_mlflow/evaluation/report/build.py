@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from phi3_mlflow.evaluation.gate import Comparison
+    from phi3_mlflow.evaluation.paired import Comparison
     from phi3_mlflow.evaluation.items import Question
     from phi3_mlflow.evaluation.measurement import Measurement
     from phi3_mlflow.evaluation.sets import Sets
