@@ -30,7 +30,7 @@ from phi3_mlflow.evaluation.paired import TIMED
 from phi3_mlflow.evaluation.reference import answer_all
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
-from phi3_mlflow.evaluation.task import gain_kept
+from phi3_mlflow.evaluation.task import gain_kept, training_curve
 from phi3_mlflow.tracking import registry
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class Evaluator:
         found.write(out)
         write_json(out / "verdict.json", verdict.to_dict())
         (out / "verdict.xml").write_text(junit_xml(version.uri, verdict), "utf-8")
-        evaluation = Evaluation(version, found, verdict, champion)
+        curve = training_curve(self.reference.path) if base else ()
+        evaluation = Evaluation(version, found, verdict, champion, curve)
         said = self._reference_answers(evaluation)
         plots = write_report(evaluation, self.facts, self.sets, out, said)
         return replace(evaluation, plots=plots)

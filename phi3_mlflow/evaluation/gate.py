@@ -7,9 +7,9 @@ Questions that are decided apart:
   profile allows? Does anything show that it is better?
 
 Of a fine-tuned version more is asked, because it was changed on purpose: it has to be shown to be
-better at its task, and shown not to be worse by more than allowed at everything else. It is compared
-with the champion and, so that small losses do not add up from one champion to the next, with the
-base before training.
+better at its task, and shown not to be worse by more than allowed at everything else. It is
+compared with the champion and, so that small losses do not add up from one champion to the next,
+with the base before training.
 
 The comparisons are statistical: what two models say to the same questions and about the same texts,
 paired. A difference that chance alone may well have made is neither a reason to refuse nor a reason

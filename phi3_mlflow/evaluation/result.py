@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
 
@@ -44,6 +44,8 @@ class Evaluation:
         measurement: of this version.
         verdict: of the gate.
         champion: the measurement it was compared with; None without a comparison.
+        curve: how it was fine-tuned, if it was: one mapping per point, each with `step` and
+            `loss` or `validation_loss`.
         plots: of the report, by name.
     """
 
@@ -51,6 +53,7 @@ class Evaluation:
     measurement: Measurement
     verdict: Verdict
     champion: Measurement | None
+    curve: Sequence[Mapping[str, float]] = ()
     plots: Mapping[str, Figure] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:

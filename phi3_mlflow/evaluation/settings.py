@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phi3_mlflow.core.section import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 class JudgeSettings(Section):
@@ -109,9 +111,10 @@ GATED_METRICS = (
 )
 """The metrics that a profile may set bounds for."""
 
-_TASK_METRICS = ("task_accuracy", "task_loss")
-_GENERAL_METRICS = ("accuracy", "perplexity", "endless_rate", "repetition_rate")
-_COMPARABLE = tuple(metric for metric in GATED_METRICS if not metric.startswith("task_"))
+TASK_METRICS = ("task_accuracy", "task_loss")
+GENERAL_METRICS = ("accuracy", "perplexity", "endless_rate", "repetition_rate")
+COMPARED_METRICS = tuple(metric for metric in GATED_METRICS if not metric.startswith("task_"))
+"""The metrics that a profile may set margins to the champion for."""
 
 
 def _default_margins() -> dict[str, Margin]:
@@ -144,7 +147,7 @@ class TrainedGateSettings(Section):
     @field_validator("better", "not_worse")
     @classmethod
     def _known_metrics(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        _refuse_unknown(value, _TASK_METRICS if info.field_name == "better" else _GENERAL_METRICS)
+        _refuse_unknown(value, TASK_METRICS if info.field_name == "better" else GENERAL_METRICS)
         return value
 
 
@@ -179,7 +182,7 @@ class GateSettings(Section):
     def _known_metrics(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         # What a judge says of two models is not paired, so it is good for thresholds only.
         if info.field_name == "champion":
-            _refuse_unknown(value, _COMPARABLE)
+            _refuse_unknown(value, COMPARED_METRICS)
         else:
             _refuse_unknown((m for m in value if not m.startswith("judge.")), GATED_METRICS)
         return value

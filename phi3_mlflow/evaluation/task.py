@@ -8,6 +8,7 @@ bring a check of its own. Beside the answers there is the loss, on the same toke
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,6 @@ from pydantic import ValidationError
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation.checks import (
-    MAX_ANSWER_CHARS,
     Check,
     ExactCheck,
     JsonCheck,
@@ -26,8 +26,9 @@ from phi3_mlflow.evaluation.datasets import digest
 from phi3_mlflow.evaluation.divergence import batches
 from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.rows.strict_json import read_json
-from phi3_mlflow.training.conversations import Conversation, Message
+from phi3_mlflow.training.conversations import Conversation, Message, Role
 from phi3_mlflow.training.masking import tokenize_rows
+from phi3_mlflow.training.task import VALIDATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phi3_mlflow.evaluation.logits import LogitSource
-    from phi3_mlflow.training.conversations import Role
     from phi3_mlflow.training.masking import TokenizedRow
 
     Array = NDArray[Any]
@@ -45,9 +45,6 @@ CATEGORY = "task"
 """Of the questions that validation rows become; they are counted apart from the others."""
 
 Kind = Literal["auto", "text", "json"]
-
-ROWS = "validation.jsonl"
-"""Where training leaves the rows that it set aside, in the checkpoint's folder."""
 
 _TOKENS_TO_SPARE = 32  # an answer may be so much longer than what is wanted before it is cut off
 _LONGEST_ANSWER = 4096  # tokens
@@ -91,7 +88,7 @@ class _Said(StrictModel):
 
 
 class _Row(StrictModel):
-    """A line of `ROWS`."""
+    """A line of `VALIDATION`."""
 
     id: str
     messages: tuple[_Said, ...]
@@ -112,7 +109,7 @@ def read_task(checkpoint: Path, kind: Kind, most: int) -> Task | None:
     Raises:
         UserError: the rows cannot be read, or not be compared in the way that was asked for.
     """
-    file = checkpoint / ROWS
+    file = checkpoint / VALIDATION
     if not file.is_file():
         return None
     try:
@@ -250,3 +247,12 @@ def gain_kept(found: float, base: float, full: float) -> float | None:
         (found - base) / (full - base); None where training gained nothing that could be kept.
     """
     return (found - base) / (full - base) if full > base else None
+
+
+def training_curve(checkpoint: Path) -> list[dict[str, float]]:
+    """How a checkpoint was fine-tuned: the points of `training.json`, none where there is none."""
+    try:
+        curve = json.loads((checkpoint / "training.json").read_text("utf-8"))["curve"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [dict(point) for point in curve]

@@ -7,8 +7,9 @@
 Measured: perplexity, KL divergence and top-1 agreement on held-out text, the share of questions
 answered right, speed, memory; of a fine-tuned version also its task, on the rows that training set
 aside, next to the base before training. The profile's thresholds and the comparison with the
-champion, on the same questions and texts, decide. The version gets the tag `gate` and the reasons; the run the
-figures, every answer, the verdict as JSON and JUnit XML, and report.html, which needs no network.
+champion, on the same questions and texts, decide. The version gets the tag `gate` and the reasons;
+the run the figures, every answer, the verdict as JSON and JUnit XML, and report.html, which needs
+no network.
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from phi3_mlflow.evaluation.answers import Answer, Answers
 from phi3_mlflow.evaluation.divergence import Divergence, TextScore
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.task import CATEGORY, TaskScore, task_metrics
 
 
 def answer(number: int, right: bool = True, **changes) -> Answer:
@@ -37,3 +39,16 @@ def measurement(
     )
     found = {**Divergence(scores).metrics(), **answers.metrics(), "size_bytes": 1e8, **metrics}
     return Measurement(found, answers.answers, scores, {"question": "?", "answer": "!"})
+
+
+def at_the_task(
+    found: Measurement, right: Sequence[bool], loss: Sequence[float] | None = None
+) -> Measurement:
+    """The same measurement with rows of a task, right or wrong as given, 10 tokens each."""
+    losses = loss or [0.1 if flag else 1.0 for flag in right]
+    answers = tuple(
+        answer(i, flag, question_id=f"row{i}", category=CATEGORY) for i, flag in enumerate(right)
+    )
+    scores = tuple(TaskScore(f"row{i}", 10, 10 * value) for i, value in enumerate(losses))
+    metrics = {**found.metrics, **task_metrics(right, scores)}
+    return replace(found, metrics=metrics, task_answers=answers, task_scores=scores)

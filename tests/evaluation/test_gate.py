@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi3_mlflow.evaluation.gate import Verdict, against_champion, check_thresholds
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.settings import GATED_METRICS, Bound, Margin
+from phi3_mlflow.evaluation.settings import COMPARED_METRICS, Bound, Margin
 from tests.evaluation.measurements import measurement
 
 numbers = st.floats(-1e6, 1e6)
@@ -137,7 +137,9 @@ def test_a_size_has_no_noise(size: float, expected: str) -> None:
     assert state(compare(found, measurement(HALF, TEXTS), margins), "size_bytes") == expected
 
 
-@pytest.mark.parametrize("metric", sorted(set(GATED_METRICS) - {"size_bytes", "peak_memory_bytes"}))
+@pytest.mark.parametrize(
+    "metric", sorted(set(COMPARED_METRICS) - {"size_bytes", "peak_memory_bytes"})
+)
 def test_every_metric_that_a_profile_may_name_can_be_compared(metric: str) -> None:
     one = measurement(HALF, TEXTS)
     assert state(compare(one, one, {metric: Margin(percent=1)}), metric) == "not worse"

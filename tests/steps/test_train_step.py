@@ -19,8 +19,14 @@ from phi3_mlflow.core.errors import EXIT_BAD_INPUT
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
+from tests.fixtures.tiny_phi3 import make_tiny
 
-SETTINGS = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 0.001, "save_steps": 3, "threads": 1}
+SETTINGS = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 0.01, "save_steps": 3, "threads": 1}
+# A tiny random model learns a little of its task, and its general sets are too small to tell.
+GATE = {
+    "thresholds": {"kl_mean": {"max": 50}},
+    "trained": {"better": {"task_loss": {"by": 0}}, "not_worse": {}},
+}
 
 
 def write_rows(file: Path, first: int, last: int) -> Path:
@@ -40,9 +46,9 @@ def trained_by(place: Workspace) -> Path:
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
     place = Workspace(tmp_path_factory.mktemp("train"))
-    write_rows(place.folder / "tickets.jsonl", 0, 40)
-    train = {"data": "tickets.jsonl", **SETTINGS}
-    profile = write_profile(place.folder, train=train)
+    write_rows(place.folder / "tickets.jsonl", 0, 60)
+    train = {"data": "tickets.jsonl", "validation_share": 0.4, **SETTINGS}
+    profile = write_profile(place.folder, train=train, gate=GATE)
     done = place.step("main", "--profile", str(profile))
     assert done.returncode == 0, done.stdout + done.stderr
     return place, profile
@@ -56,7 +62,7 @@ def test_main_ends_with_a_version_that_says_what_it_was_trained_on(line, monkeyp
     validate_checkpoint(folder)
     report = json.loads((folder / "training.json").read_text())
     assert report["format"] == "prompt_completion"
-    assert report["train_rows"] + report["validation_rows"] == 40
+    assert report["train_rows"] + report["validation_rows"] == 60
     assert report["validation_rows"] > 0
     kept = (folder / "validation.jsonl").read_text().splitlines()
     assert len(kept) == report["validation_rows"]
@@ -79,6 +85,42 @@ def test_main_ends_with_a_version_that_says_what_it_was_trained_on(line, monkeyp
     assert version.tags["adapter_sha256"] == report["adapter_sha256"]
     text = mlflow.MlflowClient().get_model_version("tiny", "1").description
     assert f"**Fine-tuned**: LoRA on {report['train_rows']} rows, 1 epochs of" in text
+
+
+@pytest.mark.slow
+def test_the_gate_measures_the_task_and_the_report_shows_it(line, monkeypatch) -> None:
+    place, _ = line
+    place.enter(monkeypatch)
+    tags = registry.describe(registry.VersionName("tiny", "1")).tags
+    assert tags["gate_decision"] == "promote"
+    assert "better than the untrained base in: loss on the task" in tags["gate_reasons"]
+    assert registry.alias_of("tiny", registry.CHAMPION) == "1"
+    folder = Path(mlflow.artifacts.download_artifacts(
+        f"runs:/{tags['evaluation_run']}/evaluation/1"
+    ))  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["task_loss"] < metrics["task_loss_base"]
+    assert {"task_accuracy", "task_accuracy_base", "task_accuracy_full", "task_loss_full"} <= (
+        metrics.keys()
+    )
+    rows = (trained_by(place) / "validation.jsonl").read_text().splitlines()
+    assert len((folder / "task_answers.jsonl").read_text().splitlines()) == len(rows)
+    (comparison,) = json.loads((folder / "verdict.json").read_text())["comparisons"]
+    assert (comparison["than"], comparison["wanted"]) == ("base", "better")
+    page = (folder / "report.html").read_text()
+    for heading in ("How it was trained", "Wrong at the task", "before training"):
+        assert heading in page
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_something_else_is_not_the_base(line, monkeypatch) -> None:
+    place, profile = line
+    place.enter(monkeypatch)
+    other = place.folder / "other"
+    make_tiny(other, "phi-3-mini-4k")
+    done = place.step("evaluate", "--profile", str(profile), "--base", str(other))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "is not what the fine-tuned checkpoint was trained from" in done.stderr
 
 
 @pytest.mark.slow
@@ -116,7 +158,7 @@ def test_a_second_run_does_nothing_and_more_rows_train_again(line, monkeypatch) 
     # A step alone takes what train has left.
     done = place.step("quantize", "--profile", str(profile))
     assert "cached=true" in done.stdout, done.stdout + done.stderr
-    write_rows(place.folder / "tickets.jsonl", 40, 60)
+    write_rows(place.folder / "tickets.jsonl", 60, 80)
     done = place.step("main", "--profile", str(profile), "--dry-run", "true")
     assert "train     would run: changed: inputs.data" in done.stdout
     done = place.step("train", "--profile", str(profile))
@@ -124,7 +166,7 @@ def test_a_second_run_does_nothing_and_more_rows_train_again(line, monkeypatch) 
     assert "carry loss" in done.stdout + done.stderr
     after = trained_by(place)
     report = json.loads((after / "training.json").read_text())
-    assert report["train_rows"] + report["validation_rows"] == 60
+    assert report["train_rows"] + report["validation_rows"] == 80
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.hardware import hardware
 from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
-from phi3_mlflow.evaluation.metrics import METRICS, formatted, label
+from phi3_mlflow.evaluation.metrics import BASE, FULL, METRICS, formatted, label
+from phi3_mlflow.evaluation.paired import NAMES
 from phi3_mlflow.evaluation.report import plots
 from phi3_mlflow.evaluation.result import TEXTS_TAG, Evaluation, ModelFacts
 from phi3_mlflow.evaluation.statistics import Interval, wilson
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from phi3_mlflow.evaluation.paired import Comparison
     from phi3_mlflow.evaluation.items import Question
     from phi3_mlflow.evaluation.measurement import Measurement
+    from phi3_mlflow.evaluation.paired import Comparison
     from phi3_mlflow.evaluation.sets import Sets
 
 WORST = 20
 """The tag of a version that holds the digest of the texts it was measured on last."""
 _LONGEST_SHOWN = 1200  # characters of a prompt or an answer
 _PLOTTED = ("size_bytes", "tokens_per_second", "kl_mean")
-_FULL_PRECISION = {"perplexity": "perplexity_reference"}
+_FULL_PRECISION = {
+    "perplexity": "perplexity_reference",
+    "task_accuracy": f"task_accuracy{FULL}",
+    "task_loss": f"task_loss{FULL}",
+}
 _OF_FULL_PRECISION = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
 
 
@@ -45,6 +50,7 @@ class MetricRow:
         interval: that holds the true value with 95 % confidence, where there is one.
         champion: the champion's value; empty without a champion.
         reference: full precision's value, where it has one.
+        base: the value of the base before it was fine-tuned, in full precision.
         change: how it differs from the champion's.
         state: what the gate says to the difference.
     """
@@ -55,6 +61,7 @@ class MetricRow:
     interval: str
     champion: str
     reference: str
+    base: str
     change: str
     state: str
 
@@ -149,6 +156,8 @@ def write_report(
         categories=category_rows(named),
         plots={name: plots.svg(plot, name) for name, plot in drawn.items()},
         worst=worst_answers(evaluation, sets.questions, reference_answers or {}),
+        task_worst=wrong_at_the_task(evaluation, sets),
+        trained_on=registry.describe(evaluation.version).tags.get("trained_on", ""),
         sample=evaluation.measurement.sample,
         hardware=hardware(),
         counts={
@@ -156,9 +165,12 @@ def write_report(
             "texts": len(sets.texts),
             "tokens": int(evaluation.measurement.metrics["scored_tokens"]),
             "needles": len(sets.fitting()),
+            "task": len(sets.task.questions) if sets.task else 0,
+            "task_wrong": sum(not a.correct for a in evaluation.measurement.task_answers),
         },
         digests=digests,
         label=label,
+        names=NAMES,
     )
     (out / "report.html").write_text(page, "utf-8")
     return drawn
@@ -177,7 +189,8 @@ def _named(evaluation: Evaluation) -> dict[str, Measurement]:
 def _plots(
     evaluation: Evaluation, named: Mapping[str, Measurement], texts_sha256: str
 ) -> dict[str, Figure]:
-    return {
+    curve = {"training": plots.training(evaluation.curve)} if evaluation.curve else {}
+    return curve | {
         "quality": plots.quality(known_versions(evaluation, texts_sha256)),
         "categories": plots.categories({who: m.answers for who, m in named.items()}),
         "latency": plots.latency({who: m.answers for who, m in named.items()}),
@@ -213,12 +226,13 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
     """Every metric that was measured, in the order of `METRICS`, then what a judge says."""
     metrics = evaluation.measurement.metrics
     theirs = evaluation.champion.metrics if evaluation.champion else {}
-    judged = {c.metric: c for c in evaluation.verdict.comparisons}
+    judged = {c.metric: c for c in evaluation.verdict.comparisons if c.than == "champion"}
     rows = []
     judges = sorted(metric for metric in metrics if metric.startswith(JUDGE))
     for metric in (*METRICS, *judges):
         if metric not in metrics or metric == "perplexity_reference":
             continue
+        before = f"{metric}{BASE}"
         reference = metrics.get(_FULL_PRECISION.get(metric, ""), _OF_FULL_PRECISION.get(metric))
         change, state = _change(metric, metrics[metric], theirs.get(metric), judged.get(metric))
         rows.append(
@@ -226,9 +240,10 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
                 label=label(metric),
                 means=METRICS[metric].means if metric in METRICS else "Share of the answers.",
                 value=formatted(metric, metrics[metric]),
-                interval=_interval(metric, evaluation.measurement.answers),
+                interval=_interval(metric, evaluation.measurement),
                 champion=formatted(metric, theirs[metric]) if metric in theirs else "",
                 reference="" if reference is None else formatted(metric, reference),
+                base=formatted(metric, metrics[before]) if before in metrics else "",
                 change=change,
                 state=state,
             )
@@ -264,8 +279,10 @@ def _share(answers: Sequence[Answer], category: str) -> tuple[Interval, int]:
     return wilson(sum(right), len(right)), len(right)
 
 
-def _interval(metric: str, answers: Sequence[Answer]) -> str:
+def _interval(metric: str, measurement: Measurement) -> str:
+    answers = measurement.answers
     flags: dict[str, list[bool]] = {
+        "task_accuracy": [a.correct for a in measurement.task_answers],
         "accuracy": [a.correct for a in answers if not a.category.startswith(NEEDLE)],
         "needle_accuracy": [a.correct for a in answers if a.category.startswith(NEEDLE)],
     }
@@ -295,11 +312,31 @@ def worst_answers(
 
     First those that the champion got right, then the easy questions, then those that never end.
     """
+    champion = evaluation.champion.answers if evaluation.champion else ()
+    return _worst(evaluation, questions, evaluation.measurement.answers, champion, reference)
+
+
+def wrong_at_the_task(evaluation: Evaluation, sets: Sets) -> list[WorstAnswer]:
+    """The wrong answers to rows of the task, in the same order."""
+    if sets.task is None:
+        return []
+    champion = evaluation.champion.task_answers if evaluation.champion else ()
+    mine = evaluation.measurement.task_answers
+    return _worst(evaluation, sets.task.questions, mine, champion, {})
+
+
+def _worst(
+    evaluation: Evaluation,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    champion: Sequence[Answer],
+    reference: Mapping[str, str],
+) -> list[WorstAnswer]:
     asked = {question.id: question for question in questions}
-    theirs = {a.question_id: a for a in evaluation.champion.answers} if evaluation.champion else {}
+    theirs = {answer.question_id: answer for answer in champion}
     if evaluation.verdict.note:  # the champion is the same model, or was not measured
         theirs = {}
-    wrong = [a for a in evaluation.measurement.answers if not a.correct and a.question_id in asked]
+    wrong = [answer for answer in answers if not answer.correct and answer.question_id in asked]
     levels = {"easy": 0, "medium": 1, "hard": 2}
 
     def badness(answer: Answer) -> tuple[bool, int, bool, bool]:

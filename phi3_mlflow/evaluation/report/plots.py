@@ -108,6 +108,28 @@ def quality(versions: Sequence[KnownVersion]) -> Figure:
     return figure
 
 
+def training(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """The loss of every step of a training run, and the loss on the rows set aside.
+
+    Args:
+        curve: points with `step` and `loss` or `validation_loss`.
+    """
+    figure, (axes,) = _figure(9.2, 2.9)
+    for name, colour, style, text in (
+        ("loss", OTHER, "-", "rows trained on, step by step"),
+        ("validation_loss", VERSION, "o-", "rows set aside"),
+    ):
+        points = [(point["step"], point[name]) for point in curve if name in point]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, color=colour, lw=2, ms=5, label=text)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    _titles(axes, "step", "loss, nats per token")
+    _legend(axes, loc="upper right")
+    return figure
+
+
 def category_names(answers: Sequence[Answer]) -> list[str]:
     """The categories there are: those of the questions, then those of long prompts."""
     return sorted({a.category for a in answers}, key=lambda name: (name.startswith(NEEDLE), name))

@@ -1,0 +1,269 @@
+"""How often the gate promotes a fine-tune that has gained nothing, and how large a gain it sees.
+
+    python benchmarks/gate_false_promotions.py [--trials 100] [--rows 100]
+
+A tiny model learns which of five words belongs to each of sixty keys, by LoRA through the project's
+own training. What is measured:
+
+- Null fine-tunes. `shuffled`: labels in disorder, judged against the base. `the same again`: other
+  rows of the same kind, another seed, judged against the fine-tune before it. Each trial trains a
+  model of its own and has rows of its own set aside. Beside the gate stands the usual rule: promote
+  when the score is higher than the champion's (or the base's).
+- Power. Challengers that really know more keys than their champion, judged on so many rows drawn
+  200 times from a large pool.
+
+Every model is measured in full precision, with the code that measures versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' tiny models
+
+from _result import write_result
+
+from phi3_mlflow.core import console
+from phi3_mlflow.core.progress import no_progress
+from phi3_mlflow.evaluation.baseline import measure_checkpoint
+from phi3_mlflow.evaluation.gate import check_thresholds, trained_verdict
+from phi3_mlflow.evaluation.items import HeldoutText
+from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.sets import Sets
+from phi3_mlflow.evaluation.settings import Margin, TrainedGateSettings
+from phi3_mlflow.evaluation.task import Task, read_task, task_metrics
+from phi3_mlflow.training.conversations import Conversation, Message
+from phi3_mlflow.training.masking import TokenizedRow, tokenize_rows
+from phi3_mlflow.training.merge import merge_adapter
+from phi3_mlflow.training.settings import TrainSettings
+from phi3_mlflow.training.task import write_validation
+from phi3_mlflow.training.train import labels_of, train
+from tests.fixtures.tiny_phi3 import make_tiny
+
+KEYS, WORDS = 60, ("red", "blue", "green", "white", "black")
+KNOWN = 36  # keys that a model of the null trials is taught
+TEXTS = 8
+POOL = 1500  # rows that are drawn from for the power of the test
+DRAWS = 200
+WINDOW = 64
+GATE = TrainedGateSettings(
+    better={"task_accuracy": Margin(by=0)}, not_worse={"perplexity": Margin(percent=10)}
+)
+
+
+class _Deaf:
+    def begins(self, step: int, steps: int) -> None: ...
+    def point(self, step: int, values: Any) -> None: ...
+
+
+def label(key: int) -> str:
+    """The word that belongs to a key."""
+    return WORDS[(key * 7 + key // 5) % len(WORDS)]
+
+
+def row(rng: random.Random, key: int, word: str) -> Conversation:
+    """Noise around a key, and the word that is to be answered."""
+    noise = "".join(rng.choice("abcdefgh") for _ in range(6))
+    said = Message("user", f"{noise} k{key:02d} {noise[::-1]}"), Message("assistant", word)
+    return Conversation.of(said)
+
+
+def rows(seed: int, count: int, keys: int, *, shuffled: bool = False) -> list[Conversation]:
+    """Rows of the first keys, right or with their words in disorder."""
+    rng = random.Random(seed)
+    chosen = [rng.randrange(keys) for _ in range(count)]
+    words = [label(key) for key in chosen]
+    if shuffled:
+        rng.shuffle(words)
+    return [row(rng, key, word) for key, word in zip(chosen, words, strict=True)]
+
+
+class Bench:
+    """A base that knows what an answer looks like, and fine-tunes of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = folder / "base"
+        make_tiny(self.base, "phi-4-mini", hidden_size=64, num_hidden_layers=2)
+        self._pretrain()
+        self._made = 0
+        rng = random.Random(5)
+        self.texts = [
+            HeldoutText(id=f"t{i}", text=" ".join(rng.choice(WORDS) for _ in range(24)))
+            for i in range(TEXTS)
+        ]
+
+    def _pretrain(self) -> None:
+        """Teach the base to answer with one of the words, any of them."""
+        made = tokenize_rows(self.base, rows(1, 1200, KEYS, shuffled=True), max_length=256).rows
+        model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        torch.manual_seed(0)
+        for step in range(150):
+            ids, labels = _batch(made[(step * 16) % 1184 : (step * 16) % 1184 + 16])
+            loss = model(ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(self.base)
+
+    def tuned(self, data: Sequence[Conversation], seed: int) -> Path:
+        """A fine-tune of the base, merged."""
+        self._made += 1
+        place = self.folder / f"tuned-{self._made}"
+        adapter = place / "adapter"
+        adapter.mkdir(parents=True)
+        settings = TrainSettings(
+            data=Path("rows.jsonl"), learning_rate=1e-2, num_train_epochs=4, lora_r=8,
+            lora_alpha=16, per_device_train_batch_size=16, save_steps=10_000, seed=seed, threads=2,
+        )  # fmt: skip
+        made = tokenize_rows(self.base, data, max_length=256).rows
+        train(
+            self.base, made, (), settings, folder=place / "run", out=adapter,
+            base_model="base", listener=_Deaf(),
+        )  # fmt: skip
+        merge_adapter(self.base, adapter, place / "merged", no_progress)
+        return place / "merged"
+
+    def measured(self, checkpoint: Path, task: Task) -> Measurement:
+        """The general texts and the task."""
+        return measure_checkpoint(checkpoint, Sets((), self.texts, task=task), WINDOW)
+
+    def task(self, seed: int, count: int) -> Task:
+        """Rows of all keys that are set aside."""
+        held = self.folder / f"held-{seed}"
+        make_tiny(held, "phi-4-mini")
+        data = rows(seed, count, KEYS)
+        write_validation(held, data, {one.id for one in data})
+        task = read_task(held, "text", count)
+        assert task is not None
+        return task
+
+
+def _batch(some: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(one.input_ids) for one in some)
+    ids = torch.full((len(some), longest), 2)
+    labels = torch.full((len(some), longest), -100)
+    for place, one in enumerate(some):
+        ids[place, : len(one.input_ids)] = torch.tensor(one.input_ids)
+        labels[place, : len(one.input_ids)] = torch.tensor(labels_of(one))
+    return ids, labels
+
+
+def decided(found: Measurement, base: Measurement, champion: Measurement | None) -> str:
+    """What the gate decides."""
+    verdict = check_thresholds(found.metrics, {})
+    uri = "models:/m/1" if champion else None
+    return trained_verdict(verdict, found, base, champion, GATE, uri).decision
+
+
+def null_trials(bench: Bench, trials: int, count: int) -> list[list[Any]]:
+    """Fine-tunes that have gained nothing, through the gate and through a rule of raw scores."""
+    table = []
+    for name, shuffled, number in (
+        ("labels shuffled, against the base", True, trials // 2),
+        ("the same again, against the champion", False, trials),
+    ):
+        gate, raw = Counter[str](), 0
+        data = rows(10**6, 480, KNOWN, shuffled=shuffled)
+        before = bench.tuned(data, 10**6) if not shuffled else None
+        scores = []
+        start = time.monotonic()
+        for trial in range(number):
+            now = bench.tuned(rows(trial, 480, KNOWN, shuffled=shuffled), trial)
+            task = bench.task(2 * 10**6 + trial, count)
+            found, base = bench.measured(now, task), bench.measured(bench.base, task)
+            champion = bench.measured(before, task) if before else None
+            gate[decided(found, base, champion)] += 1
+            other = (champion or base).metrics["task_accuracy"]
+            raw += found.metrics["task_accuracy"] > other
+            scores.append(found.metrics["task_accuracy"])
+            before = before and now
+            seconds = (time.monotonic() - start) / (trial + 1)
+            print(f"{name}: {trial + 1} of {number}, {seconds:.1f} s each, {dict(gate)}, raw {raw}",
+                  flush=True)  # fmt: skip
+        mean = sum(scores) / len(scores)
+        table.append(
+            [name, number, f"{mean:.0%}", f"{gate['promote'] / number:.1%}", f"{raw / number:.1%}"]
+        )
+    return table
+
+
+def drawn(measurement: Measurement, chosen: Sequence[int]) -> Measurement:
+    """The same model, as it would have been measured on some of the rows."""
+    answers = tuple(measurement.task_answers[i] for i in chosen)
+    scores = tuple(measurement.task_scores[i] for i in chosen)
+    metrics = {**measurement.metrics, **task_metrics([a.correct for a in answers], scores)}
+    return replace(measurement, task_answers=answers, task_scores=scores, metrics=metrics)
+
+
+def power(bench: Bench, counts: Sequence[int]) -> list[list[Any]]:
+    """How often a real gain is promoted, by its size and by the rows set aside."""
+    task = bench.task(3 * 10**6, POOL)
+    base = bench.measured(bench.base, task)
+    champion = bench.measured(bench.tuned(rows(7, 480, 24), 7), task)
+    rng = random.Random(11)
+    table = []
+    for keys in (27, 30, 33, 36, 42, 48):
+        found = bench.measured(bench.tuned(rows(7 + keys, 20 * keys, keys), 7 + keys), task)
+        gain = found.metrics["task_accuracy"] - champion.metrics["task_accuracy"]
+        cells: list[Any] = [f"{gain:+.1%}"]
+        for count in counts:
+            promoted = 0
+            for _ in range(DRAWS):
+                chosen = rng.sample(range(len(task.questions)), count)
+                decision = decided(*(drawn(m, chosen) for m in (found, base, champion)))
+                promoted += decision == "promote"
+            cells.append(f"{promoted / DRAWS:.0%}")
+        table.append(cells)
+        print(cells, flush=True)
+    return table
+
+
+def main() -> None:
+    """Run both parts and write two results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=100, help="fine-tunes of `the same again`")
+    parser.add_argument("--rows", type=int, default=100, help="rows set aside")
+    chosen = parser.parse_args()
+    console.set_quiet(True)
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        table = null_trials(bench, chosen.trials, chosen.rows)
+        write_result(
+            "gate_false_promotions",
+            f"Fine-tunes that have gained nothing, promoted; {chosen.rows} rows set aside",
+            ["null fine-tune", "trials", "mean accuracy", "promoted by the gate",
+             "by raw scores"],
+            table,
+            notes="A tiny model, LoRA through the project's training, measured in full precision. "
+            "Each trial has a model and rows of its own; by raw scores: promoted when the share of "
+            "right answers is higher than the other's.",
+        )  # fmt: skip
+        counts = (50, 100, 200)
+        write_result(
+            "gate_power",
+            "How often the gate promotes a real gain",
+            ["gain in accuracy, on 1,500 rows", *(f"{count} rows set aside" for count in counts)],
+            power(bench, counts),
+            notes=f"{DRAWS} draws of the rows set aside from a pool of {POOL:,}; one champion and "
+            "one challenger per line, tiny models that know more or fewer of the keys.",
+        )
+
+
+if __name__ == "__main__":
+    main()
