@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.sets import Sets
     from phi3_mlflow.evaluation.task import Task, TaskScore
 
+
 def measure_checkpoint(
     checkpoint: Path, sets: Sets, window: int, store: StepCache | None = None
 ) -> Measurement:
@@ -59,9 +60,7 @@ def measure_checkpoint(
     return Measurement(metrics, answers, scores, {}, task_answers, task)
 
 
-def loss_on_task(
-    model: Path, task: Task, store: StepCache | None = None
-) -> tuple[TaskScore, ...]:
+def loss_on_task(model: Path, task: Task, store: StepCache | None = None) -> tuple[TaskScore, ...]:
     """The loss of a model on the rows of a task.
 
     Args:

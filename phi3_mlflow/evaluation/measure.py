@@ -44,7 +44,6 @@ SAMPLE = Question.model_validate(
 """Asked of every version and shown to whoever started the run; it does not count."""
 
 
-
 def measured(
     model_uri: str,
     content: str,

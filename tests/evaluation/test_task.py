@@ -15,12 +15,12 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import no_progress
 from phi3_mlflow.evaluation.baseline import measure_checkpoint
 from phi3_mlflow.evaluation.checks import ExactCheck, check_answer, describe
-from phi3_mlflow.evaluation.divergence import compare, tokenize
+from phi3_mlflow.evaluation.divergence import compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Question
-from phi3_mlflow.evaluation.logits import open_logits
 from phi3_mlflow.evaluation.reference import answer_all
 from phi3_mlflow.evaluation.sets import Sets
-from phi3_mlflow.evaluation.task import check_for, read_task, task_scores
+from phi3_mlflow.evaluation.streamed import open_logits, streamed
+from phi3_mlflow.evaluation.task import check_for, pieces_of, read_task, task_scores
 from phi3_mlflow.training.conversations import Conversation, Message
 from phi3_mlflow.training.task import write_validation
 from tests.fixtures.tiny_phi3 import make_tiny
@@ -151,7 +151,8 @@ def test_the_loss_is_that_of_transformers_on_the_tokens_that_carry_it(checkpoint
     assert task is not None
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for batch in (0, 500):  # one row at a time, and many
-        scores = task_scores(open_logits(checkpoint), task.rows, batch)
+        with open_logits(checkpoint, pieces_of(task.rows)) as source:
+            scores = task_scores(source, task.rows, batch)
         for row, score in zip(task.rows, scores, strict=True):
             labels = [t if m else -100 for t, m in zip(row.input_ids, row.loss_mask, strict=True)]
             with torch.inference_mode():
@@ -196,9 +197,9 @@ def test_a_checkpoint_is_measured_as_a_version_is(checkpoint: Path) -> None:
     assert found.metrics["task_accuracy"] == 0
     assert len(found.answers) == 3
     assert len(found.task_answers) == len(found.task_scores) == 30
-    source = open_logits(checkpoint)
     tokens = tokenize(checkpoint, [(text.id, text.text) for text in texts])
-    same = compare(source, source, tokens, 64)
+    with streamed(checkpoint, [ids for _, ids in cut(tokens, 64)]) as source:
+        same = compare(source, source, tokens, 64)
     assert found.metrics["perplexity"] == pytest.approx(same.metrics()["perplexity"], rel=1e-5)
     np.testing.assert_allclose(
         [s.candidate_nll for s in found.scores], [s.candidate_nll for s in same.scores], rtol=1e-5
