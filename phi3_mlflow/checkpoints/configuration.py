@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from phi3_mlflow.checkpoints.rope import read_rope
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -23,7 +25,12 @@ _LARGEST = {
     "max_position_embeddings": 1 << 24,
 }
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 32_000, "pad_token_id": 32_000}
+"""What transformers takes where one of them is not named."""
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Where the dtype of the weights is named: as transformers 5 writes it, and as 4 did."""
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -34,7 +41,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if not sizes:
         problems += _relation_problems(config)
         problems += _token_problems(config)
-        problems += _rope_problems(config)
+        problems += read_rope(config)[1]
+    problems += _window_problems(config)
+    problems += _dtype_problems(config)
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         problems.append("config.json: tie_word_embeddings is neither true nor false")
     if config.get("hidden_act", "silu") not in _ACTIVATIONS:
@@ -140,44 +149,55 @@ def _relation_problems(config: Mapping[str, Any]) -> list[str]:
 def _token_problems(config: Mapping[str, Any]) -> list[str]:
     """Token ids that the embedding has no row for."""
     problems = []
-    for key in _TOKEN_IDS:
-        value = config.get(key)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and not (is_count(token) and token < config["vocab_size"]):
-                problems.append(
-                    f"config.json: {key} {_brief(token)} is not a row of the embedding, which has "
-                    f"{config['vocab_size']}"
-                )
-    return problems
-
-
-def _rope_problems(config: Mapping[str, Any]) -> list[str]:
-    """Rotary scaling that does not have one factor per pair of rotated elements."""
-    scaling = config.get("rope_scaling")
-    if scaling is None:
-        return []
-    if not isinstance(scaling, dict):
-        return [f"config.json: rope_scaling is {_brief(scaling)}, it must be an object or null"]
-    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if not _is_number(partial) or not 0 < partial <= 1:
-        return [f"config.json: partial_rotary_factor is {_brief(partial)}, it must be 0 to 1"]
-    pairs = int(head_size(config) * partial) // 2
-    problems = []
-    for key in ("short_factor", "long_factor"):
-        factors = scaling.get(key)
-        if factors is None:
-            continue
-        if not isinstance(factors, list) or not all(map(_is_number, factors)):
-            problems.append(f"config.json: rope_scaling.{key} is not a list of numbers")
-        elif len(factors) != pairs:
+    for key, default in TOKEN_IDS.items():
+        problems += token_problems("config.json", key, config.get(key), config["vocab_size"])
+        if key not in config and default >= config["vocab_size"]:
             problems.append(
-                f"config.json: rope_scaling.{key} has {len(factors)} factors, {pairs} are needed"
+                f"config.json: {key} is missing, and {default}, which transformers takes then, is "
+                f"not a row of the embedding, which has {config['vocab_size']}"
             )
     return problems
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def token_problems(file: str, key: str, value: Any, rows: int) -> list[str]:
+    """Token ids of a file that the embedding has no row for: a number, a list of them or null."""
+    return [
+        f"{file}: {key} {_brief(token)} is not a row of the embedding, which has {rows}"
+        for token in (value if isinstance(value, list) else [value])
+        if token is not None and not (is_count(token) and token < rows)
+    ]
+
+
+def stated_dtype(value: Any) -> str | None:
+    """The dtype that a configuration names, in plain words; None where it leaves it open."""
+    if value in (None, "auto"):
+        return None
+    return str(value).removeprefix("torch.")
+
+
+def _window_problems(config: Mapping[str, Any]) -> list[str]:
+    window = config.get("sliding_window")
+    if window is None or (is_count(window) and window > 0):
+        return []
+    return [
+        f"config.json: sliding_window is {_brief(window)}, it must be above 0, or null for none"
+    ]
+
+
+def _dtype_problems(config: Mapping[str, Any]) -> list[str]:
+    said = {key: stated_dtype(config.get(key)) for key in DTYPE_KEYS}
+    problems = [
+        f"config.json: {key} is {_brief(config[key])}, allowed are {', '.join(_DTYPES)}"
+        for key, dtype in said.items()
+        if dtype is not None and dtype not in _DTYPES
+    ]
+    if not problems and len({dtype for dtype in said.values() if dtype}) > 1:
+        problems.append(
+            "config.json: "
+            + " and ".join(f"{key} {dtype}" for key, dtype in said.items())
+            + " differ; remove the one that does not hold"
+        )
+    return problems
 
 
 def _brief(value: Any) -> str:

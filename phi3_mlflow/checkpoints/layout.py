@@ -67,7 +67,10 @@ def small_files(names: Iterable[str]) -> list[str]:
 
 
 def weight_files(names: Iterable[str], index: bytes | None) -> list[str]:
-    """The safetensors files to take.
+    """The safetensors files to take, in transformers' order: the single file before the index.
+
+    A folder can have both: to save a model in one file leaves the index of the shards that were
+    there before, and those shards may be older weights.
 
     Args:
         names: every file name the source has.
@@ -80,19 +83,42 @@ def weight_files(names: Iterable[str], index: bytes | None) -> list[str]:
         CheckpointRefused: there are none, only pickled ones, or the index names others.
     """
     present = set(names)
+    if SINGLE in present:
+        return [SINGLE]
     if index is not None:
         wanted = sorted(set(index_map(index).values()))
         if missing := [name for name in wanted if name not in present]:
-            raise CheckpointRefused(f"{INDEX} names files that are missing: {', '.join(missing)}")
+            raise CheckpointRefused(
+                f"{INDEX} names files that are missing: {', '.join(missing)}. If the weights have "
+                f"been saved anew under other names since, the index is stale: the weights must be "
+                f"{SINGLE}, or an index must name them"
+            )
         return wanted
-    if SINGLE in present:
-        return [SINGLE]
     if pickled := sorted(name for name in present if name.lower().endswith(PICKLED)):
         raise CheckpointRefused(
             f"the weights are only there as {', '.join(pickled[:5])}: such files can run code "
             "when they are loaded and are never read. Use a source with .safetensors files."
         )
     raise CheckpointRefused(f"there are no weights: neither {SINGLE} nor {INDEX}")
+
+
+def without_stale_index(names: Iterable[str], weights: list[str], index: bytes | None) -> list[str]:
+    """The small files to take with the weights: not an index that names other weights.
+
+    Args:
+        names: the small files of a source.
+        weights: what `weight_files` says.
+        index: the content of `model.safetensors.index.json`, or None when there is none.
+    """
+    stale = index is not None and weights == [SINGLE] and not _names_only(index, SINGLE)
+    return [name for name in names if not (stale and name == INDEX)]
+
+
+def _names_only(index: bytes, file: str) -> bool:
+    try:
+        return set(index_map(index).values()) == {file}
+    except CheckpointRefused:
+        return False
 
 
 def index_map(index: bytes) -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.safetensors_header import read_header
 from phi3_mlflow.core.errors import CheckpointRefused
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class StoredTensor:
 
 
 class CheckpointReader:
-    """The tensors of every `*.safetensors` file of a directory, by name.
+    """The tensors of a directory's weights, by name.
 
     Raises:
         CheckpointRefused: no such file, an unreadable header, or a name in two files.
@@ -150,7 +149,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
+    """The single file, then what the index names, then whatever is there."""
+    if (directory / layout.SINGLE).is_file():
+        return [directory / layout.SINGLE]
+    names = {path.name for path in directory.glob("*.safetensors")}
+    if names and (directory / layout.INDEX).is_file():
+        index = (directory / layout.INDEX).read_bytes()
+        return [directory / name for name in layout.weight_files(names, index)]
+    files = sorted(directory / name for name in names)
     if not files:
         raise CheckpointRefused(f"{directory}: there is no *.safetensors file in it")
     return files

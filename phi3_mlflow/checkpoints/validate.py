@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints import layout
-from phi3_mlflow.checkpoints.configuration import ARCHITECTURE, config_problems, expected_shapes
+from phi3_mlflow.checkpoints.configuration import (
+    ARCHITECTURE,
+    TOKEN_IDS,
+    config_problems,
+    expected_shapes,
+    token_problems,
+)
 from phi3_mlflow.checkpoints.remote_code import CONFIGURATIONS, remote_code_problems
 from phi3_mlflow.checkpoints.safetensors_header import TensorEntry, read_header
 from phi3_mlflow.checkpoints.tokenizer import tokenizer_problems, vocabulary_size
@@ -79,6 +85,7 @@ def validate_checkpoint(directory: Path) -> CheckpointInfo:
     problems += found
     if config is not None:
         problems += _tensor_problems(config, tensors)
+        problems += _generation_problems(directory, config)
         problems += tokenizer_problems(directory, config)
     if problems or config is None:
         raise _refused(directory, problems)
@@ -141,6 +148,22 @@ def _config(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return (None if problems else config), problems
 
 
+def _generation_problems(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """What generation_config.json says of tokens; a checkpoint may have none."""
+    name = "generation_config.json"
+    if not (directory / name).is_file():
+        return []
+    try:
+        content = layout.parse_json((directory / name).read_bytes(), name)
+    except CheckpointRefused as error:
+        return [str(error)]
+    return [
+        problem
+        for key in TOKEN_IDS
+        for problem in token_problems(name, key, content.get(key), config["vocab_size"])
+    ]
+
+
 def _configurations(directory: Path) -> dict[str, Any]:
     """The other configurations too; what is not JSON is reported by who needs it."""
     found = {}
@@ -160,7 +183,7 @@ def _tensors(directory: Path) -> tuple[dict[str, tuple[str, TensorEntry]], list[
     try:
         content = index_file.read_bytes() if index_file.is_file() else None
         files = layout.weight_files(sorted(path.name for path in directory.iterdir()), content)
-        if content is not None:
+        if content is not None and files != [layout.SINGLE]:
             index = layout.index_map(content)
     except CheckpointRefused as error:
         return {}, [str(error)]

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from phi3_mlflow.checkpoints.reader import INDEX_FILE
+from phi3_mlflow.checkpoints.layout import INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,7 +145,7 @@ class CheckpointWriter:
             "weight_map": {name: self._file_name(i) for name, i in sorted(self._file_of.items())},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
+        (self._directory / INDEX).write_text(text, encoding="utf-8")
 
 
 def _split(tensors: Mapping[str, Announced], shard_bytes: int) -> list[list[str]]:

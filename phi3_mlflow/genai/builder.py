@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from onnxruntime_genai.models.builders.phi import Phi3MiniLongRoPEModel, Phi3MiniModel
 
+from phi3_mlflow.checkpoints.rope import Rope, read_rope
+from phi3_mlflow.core.errors import CheckpointRefused, problem_list
 from phi3_mlflow.genai.embedding import quantized_embedding
 from phi3_mlflow.genai.lazy import LazyArray, LazyWeights
 from phi3_mlflow.quantization.plan import EMBEDDING
@@ -25,6 +27,21 @@ if TYPE_CHECKING:
     from phi3_mlflow.core.progress import Progress
     from phi3_mlflow.quantization.stored import StoredQuantization
 
+# What the builder looks for in any config, and transformers' Phi-3 does not know: a stray key of
+# such a name would change the graph and not the model.
+_UNKNOWN_TO_PHI3 = (
+    "attn_logit_softcapping",
+    "ffn_hidden_size",
+    "final_logit_softcapping",
+    "hidden_activation",
+    "moe_intermediate_size",
+    "multi_query_group_num",
+    "peft_type",
+    "rope_embedding_base",
+    "rope_position_scale",
+    "seq_length",
+    "swiglu_limit",
+)
 _TYPES = {
     "float32": ir.DataType.FLOAT,
     "uint8": ir.DataType.UINT8,
@@ -156,11 +173,11 @@ def streaming_builder(
     Returns:
         A builder with `make_model`, `save_model`, `make_genai_config` and `save_processing`.
     """
-    original = getattr(config, "original_max_position_embeddings", None)
-    if original is None:
-        original = config.original_max_position_embeddings = config.max_position_embeddings
-    long_rope = config.max_position_embeddings != original
-    kind = _StreamingPhi3LongRoPE if long_rope else _StreamingPhi3
+    rope = _give_rope(config, checkpoint_config)
+    for name in _UNKNOWN_TO_PHI3:
+        if hasattr(config, name):
+            delattr(config, name)
+    kind = _StreamingPhi3LongRoPE if rope.long else _StreamingPhi3
     onnx_type = ir.DataType.INT4 if precision == "int4" else ir.DataType.FLOAT
     builder = kind(config, ir.DataType.FLOAT, onnx_type, provider, "", dict(options))
     builder.reader = reader
@@ -172,3 +189,24 @@ def streaming_builder(
         checkpoint_config.get("tie_word_embeddings")
     )
     return builder
+
+
+def _give_rope(config: Any, checkpoint_config: Mapping[str, Any]) -> Rope:
+    """Put the rotary settings into a config object so that the builder computes what they mean.
+
+    Raises:
+        CheckpointRefused: they cannot be used.
+    """
+    rope, problems = read_rope(checkpoint_config)
+    if rope is None:
+        raise CheckpointRefused(problem_list("the rotary settings cannot be used", problems))
+    config.original_max_position_embeddings = rope.original
+    if rope.long:
+        # The builder asks for `type`, takes the ratio of the lengths whatever `factor` says, and
+        # knows a stated attention factor by another name.
+        config.rope_parameters = {**config.rope_parameters, "type": "longrope"}
+        for name in ("short_mscale", "long_mscale"):
+            config.rope_parameters.pop(name, None)
+            if rope.stated:
+                config.rope_parameters[name] = rope.attention_factor
+    return rope

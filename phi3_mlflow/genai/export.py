@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import AutoConfig
 
+from phi3_mlflow.checkpoints.configuration import expected_shapes
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.core.progress import Progress, no_progress
 from phi3_mlflow.genai.builder import streaming_builder
-from phi3_mlflow.quantization.plan import check_architecture
+from phi3_mlflow.quantization.plan import check_architecture, shares_head
 from phi3_mlflow.quantization.stored import StoredQuantization
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def export_onnx(
     checkpoint_config = read_config(checkpoint)
     stored = _stored_as_asked(checkpoint, checkpoint_config, precision)
     reader = CheckpointReader(checkpoint)
+    _refuse_unused(checkpoint_config, reader)
     out.mkdir(parents=True, exist_ok=True)
     for name in (MODEL_FILE, DATA_FILE):
         (out / name).unlink(missing_ok=True)
@@ -111,8 +113,9 @@ def _build(
     config = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=False)
     # The builder gives the attention window to layers that are said to be local, and Phi-3's
     # configuration, where all are, does not say so: without this the graph looks at everything.
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    windowed = config.sliding_window and config.sliding_window < config.max_position_embeddings
+    kind = "sliding_attention" if windowed else "full_attention"
+    config.layer_types = [kind] * config.num_hidden_layers
     options = {
         "accuracy_level": accuracy_level,
         "hf_token": False,
@@ -157,6 +160,26 @@ def _stored_as_asked(
             "or export with precision fp32"
         )
     return stored
+
+
+def _refuse_unused(config: Mapping[str, Any], reader: CheckpointReader) -> None:
+    """Refuse tensors that no part of the graph would be built from.
+
+    Raises:
+        CheckpointRefused: there are some: biases, say, or a head besides a tied one.
+    """
+    shares_head(config, reader)
+    expected, _ = expected_shapes(config)
+    used = {
+        f"{name.removesuffix('.weight')}.{part}"
+        for name in expected
+        for part in ("weight", "qweight", "qzeros", "scales", "g_idx")
+    }
+    if unused := sorted(set(reader) - used):
+        raise CheckpointRefused(
+            f"{reader.directory}: {len(unused)} tensors are not part of a Phi-3 and would be left "
+            f"out: {', '.join(unused[:5])}"
+        )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.checkpoints.rope import onnx_problems, read_rope, settled_rope
+from phi3_mlflow.checkpoints.settle import has_own_head
 from phi3_mlflow.checkpoints.writer import Announced
 from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
 from phi3_mlflow.quantization.settings import (
@@ -137,7 +139,7 @@ def make_plan(
             "start from the full-precision checkpoint"
         )
     layers = int(config["num_hidden_layers"])
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = shares_head(config, reader)
     embedding_bits, shared = _embedding(settings, tied)
     linears = _linears(reader, settings, layers, tied)
     problems = _misfits(linears, settings, layers)
@@ -158,10 +160,45 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             f"config.json: architectures is {config.get('architectures')!r}; "
             "this project reads ['Phi3ForCausalLM']"
         )
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    needed = (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "vocab_size",
+    )
     missing = [key for key in needed if not isinstance(config.get(key), int)]
     if missing:
         raise CheckpointRefused(f"config.json: no whole number at {', '.join(missing)}")
+    # A fetched checkpoint is spelled well; one that was named may be as it came.
+    rope, problems = read_rope(config)
+    if rope is None or settled_rope(config)[0] != config:
+        raise CheckpointRefused(
+            problem_list(
+                "the rotary settings of config.json cannot be used",
+                problems or settled_rope(config)[1],
+                "The step fetch puts the spelling straight: take the folder as the profile's "
+                "source, file:DIRECTORY.",
+            )
+        )
+    if problems := onnx_problems(rope):
+        raise CheckpointRefused(problem_list("no ONNX model can be made of it", problems))
+
+
+def shares_head(config: Mapping[str, Any], reader: CheckpointReader) -> bool:
+    """Whether the head is the embedding.
+
+    Raises:
+        CheckpointRefused: it is said to be, and a head of its own is stored.
+    """
+    if has_own_head(config, reader):
+        raise CheckpointRefused(
+            f"{reader.directory}: tie_word_embeddings is true in config.json, and {HEAD}.weight "
+            "differs from the embedding. Set it to false, or take the folder as the profile's "
+            "source, file:DIRECTORY: the step fetch does so"
+        )
+    return bool(config.get("tie_word_embeddings", False))
 
 
 def _embedding(settings: QuantizationSettings, tied: bool) -> tuple[int, bool]:

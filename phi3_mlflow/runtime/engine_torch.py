@@ -74,7 +74,8 @@ class TorchEngine:
         self.token_bytes = (
             2 * config.num_hidden_layers * heads * head_size * self._model.dtype.itemsize
         )
-        ends = self._model.generation_config.eos_token_id or config.eos_token_id
+        ends = self._model.generation_config.eos_token_id
+        ends = config.eos_token_id if ends is None else ends  # 0 is a token
         ends = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
         self.ends = frozenset(end for end in ends if end is not None)
 

@@ -32,7 +32,7 @@ class FetchedSource:
         files: the files in the output directory, size in bytes and sha256, by name.
         bytes_downloaded: what came over the network in this call.
         lock: file name to sha256, as a profile pins it (see `write_lock`).
-        changes: what was taken out of the files for safety, one sentence each.
+        changes: what was taken out of the files, or put straight in them, one sentence each.
     """
 
     source: str

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.remote_code import drop_remote_code
+from phi3_mlflow.checkpoints.settle import settle_checkpoint
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
 from phi3_mlflow.sources.common import (
@@ -201,7 +203,7 @@ def _fetch(spec: SourceSpec, job: Job) -> FetchedSource:
 
 
 def _checked(fetched: FetchedSource, job: Job) -> FetchedSource:
-    """Take references to code out where that was asked for, and refuse what must not be loaded."""
+    """Drop what leads to code where that was asked for, refuse what is wrong, settle the rest."""
     files = dict(fetched.files)
     changes = list(fetched.changes)
     if job.drop_remote_code:
@@ -209,6 +211,9 @@ def _checked(fetched: FetchedSource, job: Job) -> FetchedSource:
             files[name] = digest_file(job.out / name)
             changes.append(f"{name}: took out {', '.join(places)}, which led to code")
     validate_checkpoint(job.out)
+    if settled := settle_checkpoint(job.out):
+        files[layout.CONFIG] = digest_file(job.out / layout.CONFIG)
+        changes += settled
     return replace(fetched, files=files, changes=tuple(changes))
 
 

@@ -61,10 +61,22 @@ def fetch_hub(spec: HubSource, job: Job) -> FetchedSource:
         # Whatever can be refused by the small files is refused before gigabytes come.
         if not job.drop_remote_code:
             _refuse_remote_code(files)
-        weights = layout.weight_files(listing.files, _content(files, layout.INDEX))
+        weights, small = _weights(listing, small, files)
         check_lock_names(job.lock, [*small, *weights], spec.text)
         files |= _bring(spec, listing, weights, transfer, job, "weights")
     return _assemble(spec, listing, files, job)
+
+
+def _weights(
+    listing: Listing, small: list[str], files: dict[str, WholeFile]
+) -> tuple[list[str], list[str]]:
+    """The weights to take, and the small files that go with them; the others leave `files`."""
+    index = _content(files, layout.INDEX)
+    weights = layout.weight_files(listing.files, index)
+    kept = layout.without_stale_index(small, weights, index)
+    for name in set(small) - set(kept):
+        files.pop(name, None)
+    return weights, kept
 
 
 def _refuse_remote_code(files: dict[str, WholeFile]) -> None:
@@ -213,7 +225,7 @@ def _without_network(spec: HubSource, job: Job) -> tuple[Listing, dict[str, Whol
     listing = saved_listing(spec, job.downloads)
     wanted = layout.small_files(listing.files)
     files = _already_whole(wanted, listing, job)
-    weights = layout.weight_files(listing.files, _content(files, layout.INDEX))
+    weights, wanted = _weights(listing, wanted, files)
     check_lock_names(job.lock, [*wanted, *weights], spec.text)
     return listing, files | _already_whole(weights, listing, job)
 

@@ -105,7 +105,7 @@ def needed_files(directory: Path, source: str) -> list[str]:
     weights = layout.weight_files(names, index)
     for name in weights:
         _require_regular(directory / name, source)
-    return [*small, *weights]
+    return [*layout.without_stale_index(small, weights, index), *weights]
 
 
 def _require_regular(file: Path, source: str) -> None:
