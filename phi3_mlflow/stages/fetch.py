@@ -10,12 +10,12 @@ the hashes that the source and the profile state, and a checkpoint that could ru
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.core import console
-from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.step import (
     NoInputs,
@@ -31,9 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.config.profile import Profile
 
 REVISION = "source_revision"
 """What `main` hands over: the commit that a branch was at when it began."""
+
+
+UNFIT, CHAT, ONNX = "unfit", "chat", "onnx"
+"""Where the provenance of a checkpoint says what it cannot be used for."""
 
 
 class Fetch(Step[NoInputs, NoRecord]):
@@ -69,6 +74,7 @@ class Fetch(Step[NoInputs, NoRecord]):
         return f"{size / 1e6:.0f} MB of {what}"
 
     def work(self, work: Work[NoInputs]) -> None:
+        from phi3_mlflow.checkpoints.chat import settle_chat
         from phi3_mlflow.checkpoints.validate import validate_checkpoint
         from phi3_mlflow.sources.fetch import fetch_source
 
@@ -84,31 +90,37 @@ class Fetch(Step[NoInputs, NoRecord]):
             remote_code=profile.remote_code,
         )
         info = validate_checkpoint(work.out)
+        chat = settle_chat(work.out)
+        unfit = {CHAT: list(chat.problems), ONNX: _onnx_problems(info.config)}
+        _refuse_unfit(profile, unfit)
+        changes = [*fetched.changes, *chat.changes]
         write_provenance(
             work.out,
             {
                 "base_model": profile.base_model,
-                "changes": list(fetched.changes),
+                "changes": changes,
                 "checkpoint_sha256": content_digest(work.out),
                 "licence": profile.licence,
                 "lock": fetched.lock,
                 "source": profile.origin,
                 "source_revision": fetched.revision,
-            },
+            }
+            | ({UNFIT: unfit} if any(unfit.values()) else {}),
         )
         work.metrics["parameters"] = float(info.parameters)
         work.metrics["bytes_downloaded"] = float(fetched.bytes_downloaded)
-        for change in fetched.changes:
-            console.say(f"  {change}")
+        for line in (*changes, *chat.notes):
+            console.say(f"  {line}")
         console.say(f"  {info.parameters / 1e6:.1f} million parameters, {info.architecture}")
 
     def after(self, request: Request, entry: Entry) -> None:
-        """Write the pinned source and its files' hashes where the user wants them."""
+        """Refuse what another profile could use; write the lock where the user wants it."""
         from phi3_mlflow.sources.fetch import write_lock
 
+        known = read_provenance(entry.path)
+        _refuse_unfit(request.profile, known.get(UNFIT, {}))
         if request.is_auto("lock"):
             return
-        known = read_provenance(entry.path)
         file = Path(request.value("lock")).expanduser()
         try:
             file.write_text(write_lock(known["source"], known["source_revision"], known["lock"]))
@@ -117,6 +129,34 @@ class Fetch(Step[NoInputs, NoRecord]):
                 f"parameter: lock = {request.value('lock')!r}: cannot be written: {error.strerror}"
             ) from error
         console.say(f"  the lock is in {file.absolute()}; put its lines into the profile")
+
+
+def _onnx_problems(config: Mapping[str, Any]) -> list[str]:
+    from phi3_mlflow.checkpoints.rope import onnx_problems, read_rope
+
+    rope, problems = read_rope(config)
+    return problems if rope is None else onnx_problems(rope)
+
+
+def _refuse_unfit(profile: Profile, unfit: Mapping[str, list[str]]) -> None:
+    """Refuse a checkpoint that is sound, and not for what the profile makes of it.
+
+    Raises:
+        CheckpointRefused: says why, and what it can be used for.
+    """
+    if profile.contract == "chat" and unfit.get(CHAT):
+        raise CheckpointRefused(
+            problem_list(
+                f"{profile.origin} cannot hold a conversation",
+                unfit[CHAT],
+                "Put a template into its tokenizer_config.json (chat_template) or beside it as "
+                "chat_template.jinja, or write  contract: prompt  into the profile.",
+            )
+        )
+    if profile.makes_onnx and unfit.get(ONNX):
+        raise CheckpointRefused(
+            problem_list(f"no ONNX model can be made of {profile.origin}", unfit[ONNX])
+        )
 
 
 def revision(request: Request) -> str:

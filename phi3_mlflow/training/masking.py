@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from phi3_mlflow.checkpoints.layout import parse_json
+from phi3_mlflow.checkpoints.chat import stop_tokens
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.training.conversations import Message, Role
@@ -145,7 +145,7 @@ class _Writer:
             raise UserError(f"training needs the tokenizer of {checkpoint}: {error}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"{checkpoint}: its tokenizer has no chat template to train with")
-        self.ends = _stop_tokens(checkpoint, self.tokenizer)
+        self.ends = frozenset(stop_tokens(checkpoint, self.tokenizer))
         if not self.ends:
             raise UserError(f"{checkpoint}: no token is named that ends an answer (eos_token_id)")
         self._ends_shown = " or ".join(map(self._token, sorted(self.ends)))
@@ -278,14 +278,3 @@ class _Writer:
                 # The first token may begin every text, and then begins no turn.
                 written.update(self._ids(self._text([Message(role, "x") for role in turns]))[1:])
         return sorted(special[number] for number in written if number in special)
-
-
-def _stop_tokens(checkpoint: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokens that stop generation, as those who answer with the checkpoint find them."""
-    ends: Any = None
-    for name in ("generation_config.json", "config.json"):
-        file = checkpoint / name
-        if ends is None and file.is_file():
-            ends = parse_json(file.read_bytes(), name).get("eos_token_id")
-    listed = ends if isinstance(ends, list) else [ends]
-    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if isinstance(i, int))
