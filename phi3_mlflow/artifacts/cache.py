@@ -197,8 +197,11 @@ class StepCache:
         """The bytes that downloads hold which have not become an output."""
         return sum(_size(folder) for folder in self.downloads.glob("*"))
 
-    def drop_downloads(self, age_s: float) -> int:
-        """Remove downloads that nobody is at, and has not been for a time; gives their bytes."""
+    def drop_downloads(self, age_s: float, *, preview: bool = False) -> int:
+        """Remove downloads that nobody is at, and has not been for a time; gives their bytes.
+
+        With `preview` they stay, and the bytes are those that would go.
+        """
         from filelock import FileLock, Timeout
 
         dropped = 0
@@ -209,7 +212,8 @@ class StepCache:
             # The lock that a fetch holds, see `sources.common.exclusive`.
             with suppress(Timeout), FileLock(str(folder) + ".lock", timeout=0):
                 dropped += _size(folder)
-                shutil.rmtree(folder, ignore_errors=True)
+                if not preview:
+                    shutil.rmtree(folder, ignore_errors=True)
         return dropped
 
     @contextmanager

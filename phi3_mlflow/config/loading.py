@@ -101,7 +101,11 @@ def load_profile(
     except ValidationError as error:
         found += [described(problem, file.name, overrides) for problem in error.errors()]
     if found:
-        raise UserError(problem_list(f"Profile {name_or_path} cannot be used", found))
+        given = all(line.startswith("parameter:") for line in found)
+        heading = (
+            "These parameters are wrong" if given else f"Profile {name_or_path} cannot be used"
+        )
+        raise UserError(problem_list(heading, found))
     return profile
 
 

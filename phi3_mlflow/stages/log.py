@@ -13,15 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.code_keys import modules_in
+from phi3_mlflow.artifacts.cache import key_of
+from phi3_mlflow.artifacts.code_keys import closure, modules_in
 from phi3_mlflow.artifacts.provenance import TRAINING_KEYS, content_digest, read_provenance
 from phi3_mlflow.checkpoints.layout import licence_files
+from phi3_mlflow.core import console
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.pipeline.inputs import ONNX, folder_input, full_precision
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import LoggedModel, LoggedModels
+from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 
 if TYPE_CHECKING:
@@ -92,7 +95,8 @@ class Log(Step[LogInputs, LoggedModels]):
         for flavor in flavors(work.request):
             directory = work.inputs.folder(flavor)
             tags = version_tags(flavor, directory)
-            model_id = find_logged(work, flavor)
+            tags[registry.CONTENT] = content_key(self, work, flavor, tags["artifact_sha256"])
+            model_id = find_logged(work, flavor) or find_same(work, tags[registry.CONTENT])
             if model_id is None:
                 log = log_onnx_model if flavor == "onnx" else log_transformers_model
                 try:
@@ -141,6 +145,43 @@ def find_logged(work: Work[LogInputs], flavor: str) -> str | None:
         elif not work.request.flag("force") and not trouble(model.model_id):
             found = str(model.model_id)
     return found
+
+
+def content_key(step: Log, work: Work[LogInputs], flavor: Flavor, artifact: str) -> str:
+    """What tells a logged model from others: its files, how it takes requests and what answers.
+
+    Not which other flavor was logged with it, nor how the address of the store is spelled.
+    """
+    settings = work.settings
+    return key_of(
+        {
+            "artifact": artifact,
+            "code": closure(step.copies).hashes(),
+            "contract": settings["contract"],
+            "flavor": flavor,
+            "name": work.request.profile.registered_model,
+            "requirements": settings["requirements"][flavor],
+            "runtime": settings["runtime"],
+        }
+    )
+
+
+def find_same(work: Work[LogInputs], content: str) -> str | None:
+    """A model of the same content that is whole, logged by any run; the first of them."""
+    from mlflow import MlflowClient
+
+    if work.request.flag("force"):
+        return None
+    models = MlflowClient().search_logged_models(
+        [work.run.experiment_id],
+        f"tags.{registry.CONTENT} = '{content}'",
+        order_by=[{"field_name": "creation_time", "ascending": True}],
+    )
+    for model in models:
+        if str(model.status) == "READY" and not trouble(model.model_id):
+            console.say(f"  the same model is logged already: {model.model_id}")
+            return str(model.model_id)
+    return None
 
 
 def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str]) -> ModelInfo:

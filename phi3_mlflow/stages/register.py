@@ -3,8 +3,9 @@
     mlflow run . -e register -P profile=smollm2-135m
     python -m steps.register --profile smollm2-135m --model-uri models:/m-...
 
-The version gets the alias `challenger`. Registering copies nothing: the version points to the
-logged model. The same logged model again makes no second version.
+A new version gets the alias `challenger`. Registering copies nothing: the version points to the
+logged model. A model of the same content, flavor and contract makes no second version, and an alias
+that is at a later version stays there; `-P force=true` moves it back, and says so.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Register(Step[RegisterInputs, RegisteredVersions]):
             versions.append(
                 RegisteredVersion(name=made.name, version=made.version, flavor=model.flavor)
             )
-        RegisteredVersions(versions=tuple(versions)).write(work.out)
+        record = RegisteredVersions(versions=tuple(versions))
+        _challenge(record.challenger, moves_back=work.request.flag("force"))
+        record.write(work.out)
 
     def missing(self, entry: Entry) -> str | None:
         for version in self.record_of(entry).versions:
@@ -83,8 +86,23 @@ class Register(Step[RegisterInputs, RegisteredVersions]):
                 return f"version {version.version_name.uri} is no longer in the registry"
         return None
 
-    def after(self, request: Request, entry: Entry) -> None:
-        registry.set_alias(self.record_of(entry).challenger, registry.CHALLENGER)
+
+def _challenge(version: registry.VersionName, *, moves_back: bool) -> None:
+    """Make a version the challenger, and say where the alias is when that is a later one."""
+    later = registry.advance_alias(version, registry.CHALLENGER)
+    if later is None:
+        return
+    if moves_back:
+        registry.set_alias(version, registry.CHALLENGER)
+        console.say(
+            f"  {version.uri} is the same model, registered before; the alias challenger moved "
+            f"back to it from version {later}"
+        )
+    else:
+        console.say(
+            f"  {version.uri} is the same model, registered before; the alias challenger stays "
+            f"with version {later}. To move it back: -e register -P force=true"
+        )
 
 
 def _model_uris(request: Request, cache: StepCache) -> list[str]:
@@ -115,7 +133,7 @@ def logged_model(uri: str) -> LoggedModel:
             "Give models:/m-... (from the log step), or runs:/RUN_ID/NAME."
         ) from error
     tags.setdefault("flavor", "transformers" if "transformers" in info.flavors else "onnx")
-    kept = (*registry.VERSION_TAGS, *TRAINING_KEYS)
+    kept = (*registry.VERSION_TAGS, *TRAINING_KEYS, registry.CONTENT)
     return LoggedModel(
         flavor=tags["flavor"],
         model_id=info.model_id or info.model_uuid,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 LOGGED = "logged_model"  # the tag that says which logged model a version is
+CONTENT = "content_key"
+"""The tag that says what a logged model is, whoever logged it: files, contract, code, settings."""
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
@@ -69,20 +71,60 @@ def register(model_uri: str, name: str, tags: Mapping[str, str], description: st
         name: the registered model; made when there is none.
         tags: of the version; values are cut to what the registry takes.
         description: of the version, Markdown.
+
+    Returns:
+        The new version; or the first that is the same logged model, or one of the same content.
     """
     import mlflow
 
-    versions = client()
     # A run that was killed after this point has left its version: take that one up again.
-    there = versions.search_model_versions(f"name = '{name}' and tags.{LOGGED} = '{model_uri}'")
-    if there:
-        return VersionName(name, str(there[0].version))
+    if there := find_registered(name, LOGGED, model_uri):
+        return there
+    if tags.get(CONTENT) and (there := find_registered(name, CONTENT, tags[CONTENT])):
+        return there
+    versions = client()
     result = mlflow.register_model(
         model_uri, name, tags={k: v[:_TAG_LIMIT] for k, v in tags.items()} | {LOGGED: model_uri}
     )
     made = VersionName(name, str(result.version))
     versions.update_model_version(name, made.version, description=description)
     return made
+
+
+def find_registered(name: str, tag: str, value: str) -> VersionName | None:
+    """The first version with a tag whose logged model is still there, if there is one."""
+    found = client().search_model_versions(f"name = '{name}' and tags.{tag} = '{value}'")
+    for version in sorted(found, key=lambda version: int(version.version)):
+        if tag == LOGGED or _is_whole(version):
+            return VersionName(name, str(version.version))
+    return None
+
+
+def _is_whole(version: ModelVersion) -> bool:
+    """Whether the logged model that a version points to still has its files."""
+    from mlflow.exceptions import MlflowException
+
+    model_id = _model_id(version)
+    if not model_id:
+        return False
+    try:
+        files = client().list_logged_model_artifacts(model_id)
+    except (MlflowException, OSError):
+        return False
+    return any(file.path.endswith("MLmodel") for file in files)
+
+
+def advance_alias(version: VersionName, alias: str) -> str | None:
+    """Point an alias at a version, unless it points to a later one.
+
+    Returns:
+        The later version that it stays with, or None.
+    """
+    now = alias_of(version.name, alias)
+    if now is not None and int(now) > int(version.version):
+        return now
+    set_alias(version, alias)
+    return None
 
 
 def set_alias(version: VersionName, alias: str) -> None:
@@ -190,9 +232,12 @@ def content(version: VersionName) -> str:
 
 def logged_model_id(version: VersionName) -> str | None:
     """The id of the logged model that a version is, `m-...`, where it is one."""
-    found = describe(version)
-    tag = found.tags.get(LOGGED, "").partition("models:/")[2]
-    return str(getattr(found, "model_id", None) or tag) or None
+    return _model_id(describe(version))
+
+
+def _model_id(version: ModelVersion) -> str | None:
+    tag = version.tags.get(LOGGED, "").partition("models:/")[2]
+    return str(getattr(version, "model_id", None) or tag) or None
 
 
 def same_content(one: VersionName, other: VersionName) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
+from phi3_mlflow.artifacts.provenance import write_provenance
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.stages import cache
 from tests.conftest import Workspace
@@ -147,3 +148,57 @@ def test_unfinished_work_of_the_dead_is_swept_away_and_that_of_the_living_is_not
         run()
         assert not dead.exists()
         assert living.exists()
+
+
+def side_output(store: StepCache, number: int, content: str) -> Entry:
+    """A measurement, as `evaluate` keeps it: no profile's last output, of a model by its hash."""
+    key = f"{number:040x}"
+    origin = {"parts": {"content": content, "sets": {"a": "b"}}, "time": time.time()}
+    with store.locked("measure", key), store.building("measure", key, origin) as out:
+        (out / "metrics.json").write_text("{}")
+    entry = store.find("measure", key)
+    assert entry is not None
+    return entry
+
+
+def test_a_preview_removes_nothing(store: StepCache, capsys: pytest.CaptureFixture[str]) -> None:
+    put(store, 1, age_days=40)
+    held = download(store, "old", 10, age_days=40)
+    run(do="prune", dry_run="true")
+    captured = capsys.readouterr()
+    assert captured.err.count("would be removed") == 2
+    assert "status=preview" in captured.out
+    assert "removed=1" in captured.out
+    assert keys(store) == {1}
+    assert held.exists()
+
+
+def test_what_the_last_run_needs_stays_whatever_the_limits(
+    store: StepCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, old = put(store, 1, age_days=40), put(store, 2, age_days=40)
+    store.set_latest("mine", "export", last.key)
+    side_output(store, 3, last.manifest.digest)
+    side_output(store, 4, old.manifest.digest)
+    run(do="prune", older_than="30d")
+    assert keys(store) == {1, 3, 4}
+    run(do="prune")
+    assert keys(store) == {1, 3}
+    run(do="prune", max_size="0MB")
+    assert keys(store) == {1, 3}
+    assert "MB stay: a profile's last run" in capsys.readouterr().err
+
+
+def test_what_a_champion_was_made_from_and_measured_with_stays(
+    store: StepCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "registered_contents", lambda: {"c" * 64, "a" * 64})
+    for number, about in ((1, {"artifact_sha256": "a" * 64}), (2, {"artifact_sha256": "b" * 64})):
+        key = f"{number:040x}"
+        origin = {"parts": {}, "time": time.time()}
+        with store.locked("export", key), store.building("export", key, origin) as out:
+            write_provenance(out, about)
+    side_output(store, 3, "a" * 64)
+    side_output(store, 4, "b" * 64)
+    run(do="prune")
+    assert keys(store) == {1, 3}

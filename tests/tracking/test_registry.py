@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -225,3 +226,34 @@ def test_two_promotions_at_once(
     assert registry.describe(VersionName(NAME, other)).tags["promoted_from"] == str(winner)
     assert promotion.CLAIM not in registry.client().get_registered_model(NAME).tags
     assert rollback(NAME).champion == VersionName(NAME, other)
+
+
+@pytest.mark.usefixtures("workspace")
+class TestRegistering:
+    def test_an_alias_goes_to_later_versions_only_by_itself(self) -> None:
+        add({}, {}, {})
+        assert registry.advance_alias(version(2), "challenger") is None
+        assert registry.advance_alias(version(1), "challenger") == "2"
+        assert registry.alias_of(NAME, "challenger") == "2"
+        assert registry.advance_alias(version(3), "challenger") is None
+        assert registry.advance_alias(version(3), "challenger") is None
+        assert registry.alias_of(NAME, "challenger") == "3"
+
+    def test_the_same_content_makes_one_version(self, tmp_path: Path) -> None:
+        import mlflow
+
+        file = tmp_path / "model.py"
+        file.write_text(
+            "import mlflow\n\nclass Echo(mlflow.pyfunc.PythonModel):\n"
+            "    def predict(self, context, model_input, params=None):\n"
+            "        return model_input\n\nmlflow.models.set_model(Echo())\n"
+        )
+
+        def logged(content: str) -> str:
+            model = mlflow.pyfunc.log_model(name="x", python_model=str(file), pip_requirements=[])
+            tags = {registry.CONTENT: content}
+            return registry.register(f"models:/{model.model_id}", NAME, tags, "words").version
+
+        assert [logged("a"), logged("a"), logged("b"), logged("a")] == ["1", "1", "2", "1"]
+        registry.client().delete_logged_model(registry.logged_model_id(version(1)))
+        assert logged("a") == "3"
