@@ -108,10 +108,11 @@ def _is_whole(version: ModelVersion) -> bool:
     if not model_id:
         return False
     try:
+        model = client().get_logged_model(model_id)  # a deleted one still lists its files
         files = client().list_logged_model_artifacts(model_id)
     except (MlflowException, OSError):
         return False
-    return any(file.path.endswith("MLmodel") for file in files)
+    return str(model.status) == "READY" and any(file.path.endswith("MLmodel") for file in files)
 
 
 def advance_alias(version: VersionName, alias: str) -> str | None:
