@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from phi3_mlflow.artifacts.cache import Entry
 
 T_co = TypeVar("T_co", covariant=True)
@@ -18,15 +20,22 @@ class Input(Generic[T_co]):
 
     Attributes:
         value: what the work takes: a folder, versions of a model.
-        digest: the identity of its content, which goes into the key of the output.
+        digest: the identity of its content, which decides the key of the output.
         shown: how it is named in the run's parameters: a path, a URI.
         entry: the output in the cache that it is, when it is one.
+        files: sha256 by name, where a dry run is to say which of several files has changed.
     """
 
     value: T_co
     digest: str
     shown: str
     entry: Entry | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str | dict[str, str]:
+        """What goes into a key: the hashes of the files, where they are told apart."""
+        return dict(self.files) or self.digest
 
 
 Folder = Input[Path]

@@ -116,9 +116,17 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = 
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             names += changed_parts(before, after, f"{prefix}{name}.")
         elif before != after or type(before) is not type(after):
-            short = prefix.startswith(("settings", "libraries")) and len(f"{before}{after}") < 60
-            names.append(f"{prefix}{name}" + (f" ({before} -> {after})" if short else ""))
+            names.append(f"{prefix}{name}{_how(prefix, before, after)}")
     return names
+
+
+def _how(prefix: str, before: object, after: object) -> str:
+    """How a part differs, where that can be told in a few words."""
+    if prefix.startswith(("settings", "libraries")) and len(f"{before}{after}") < 60:
+        return f" ({before} -> {after})"
+    if prefix.startswith("inputs.") and None in (before, after):  # one file of several
+        return " (new)" if before is None else " (gone)"
+    return ""
 
 
 def cost(last: Entry | None) -> str:

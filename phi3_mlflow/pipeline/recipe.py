@@ -2,12 +2,13 @@
 
 It travels in the model's own metadata (the file MLmodel), so that it is there wherever the
 version is: the profile as it was resolved, with the source's files pinned by their hashes, the
-files of the artifact, and the versions of the libraries.
+files of the artifact, and the versions of the libraries. Of the rows that a version was fine-tuned
+on it has the hashes, and where they were; the rows themselves stay the user's.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
@@ -15,6 +16,7 @@ from phi3_mlflow.artifacts.manifests import FileEntry, Manifest
 from phi3_mlflow.artifacts.provenance import content_manifest, read_provenance
 from phi3_mlflow.config.loading import CALIBRATION
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.shipped import project_path
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
 
 if TYPE_CHECKING:
@@ -25,10 +27,27 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "recipe"
 MADE_BY = ("fetch", "quantize", "export")
-"""The steps that make an artifact, from its source on."""
+"""The steps that make an artifact, from its source on, where nothing is trained."""
+ROWS = ("data", "validation")
+"""The keys of the profile's section `train` that name rows."""
 # What says how a model is judged, or how long a download may take, and decides no byte of it; and
 # the search for a quantization, whose outcome stands in the provenance.
 _DECIDES_NOTHING = {"evaluation", "gate", "search", "time_limit_s", "registered_model"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that a version was trained on, or validated with.
+
+    Attributes:
+        sha256: of the file, of a saved dataset, or over all files.
+        files: sha256 by name, where they were several.
+        place: where they were; with `project_path`, where that was in the project.
+    """
+
+    sha256: str
+    files: Mapping[str, str]
+    place: str | None
 
 
 @dataclass(frozen=True)
@@ -40,20 +59,24 @@ class Recipe:
         calibration_sha256: of the calibration texts, where there were any.
         files: the artifact's, without `provenance.json`.
         libraries: distribution to version.
+        rows: what the version was fine-tuned with, by the key in the section `train`.
     """
 
     profile: Mapping[str, Any]
     calibration_sha256: str | None
     files: Manifest
     libraries: Mapping[str, str]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """As plain values, for a model's metadata."""
+        rows = {"rows": {key: asdict(rows) for key, rows in self.rows.items()}}
         return {
             "profile": dict(self.profile),
             "calibration_sha256": self.calibration_sha256,
             "files": [asdict(entry) for entry in self.files.files],
             "libraries": dict(self.libraries),
+            **(rows if self.rows else {}),
         }
 
     @classmethod
@@ -68,7 +91,7 @@ class Recipe:
             raise UserError(
                 f"{uri} carries no recipe: it was not logged by this project, was logged before "
                 "recipes were recorded, was made from a folder whose origin is not known, or "
-                "was fine-tuned"
+                "was fine-tuned before recipes covered that"
             )
         try:
             files = tuple(FileEntry(f["path"], f["size"], f["sha256"]) for f in content["files"])
@@ -77,14 +100,16 @@ class Recipe:
                 content["calibration_sha256"],
                 Manifest(files),
                 content["libraries"],
+                {key: Rows(**rows) for key, rows in content.get("rows", {}).items()},
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{uri}: its recipe cannot be read: {error!r}") from error
 
 
-def artifact_libraries() -> dict[str, str]:
+def artifact_libraries(*, trained: bool = False) -> dict[str, str]:
     """The libraries that decide the bytes of an artifact, with their versions here."""
-    return library_versions(closure((f"phi3_mlflow.stages.{step}",)) for step in MADE_BY)
+    steps = (*MADE_BY, "train") if trained else MADE_BY
+    return library_versions(closure((f"phi3_mlflow.stages.{step}",)) for step in steps)
 
 
 def recipe_of(profile: Profile, directory: Path, base_dir: Path) -> Recipe | None:
@@ -99,17 +124,21 @@ def recipe_of(profile: Profile, directory: Path, base_dir: Path) -> Recipe | Non
         base_dir: what a relative `file:` source counts from.
 
     Returns:
-        None when the provenance does not say where the artifact came from, and for a fine-tuned
-        one: its rows are a file of the user's, which nobody keeps.
+        None when the provenance does not say where the artifact came from, or how it was trained.
     """
     known = read_provenance(directory)
     if not {"source", "source_revision", "lock"} <= known.keys():
         return None
-    if "adapter_sha256" in known:
+    training = known.get("training")
+    if "adapter_sha256" in known and training is None:
         return None
     content = profile.model_dump(mode="json", exclude=_DECIDES_NOTHING, exclude_none=True)
     content.pop("track", None)
     content.pop("train", None)
+    rows = _rows(profile, training) if training else {}
+    if training:
+        # What measured it then is not part of the recipe, so it cannot be refused for that again.
+        content["train"] = {**training["settings"], "allow_overlap": True}
     content["source"] = _pinned(known["source"], known["source_revision"], base_dir)
     content["sha256"] = known["lock"]
     content["precision"] = known.get("precision", content["precision"])
@@ -123,7 +152,19 @@ def recipe_of(profile: Profile, directory: Path, base_dir: Path) -> Recipe | Non
         content["quantization"] = quantization
     else:
         content["quantization"].pop("calibration", None)
-    return Recipe(content, sha256, content_manifest(directory), artifact_libraries())
+    libraries = artifact_libraries(trained=bool(rows))
+    return Recipe(content, sha256, content_manifest(directory), libraries, rows)
+
+
+def _rows(profile: Profile, training: Mapping[str, Any]) -> dict[str, Rows]:
+    """The rows that a checkpoint was trained with, and where the profile finds them."""
+    found = {}
+    for key in ROWS:
+        if known := training["rows"].get(key):
+            named = getattr(profile.train, key, None)
+            place = None if named is None else project_path(named) or str(named.absolute())
+            found[key] = Rows(known["sha256"], known["files"], place)
+    return found
 
 
 def _pinned(source: str, revision: str, base_dir: Path) -> str:

@@ -19,14 +19,15 @@ import yaml
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.manifests import Manifest, sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_manifest
-from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError, problem_list
 from phi3_mlflow.core.git import DIRTY, Origin, git
-from phi3_mlflow.core.shipped import PACKAGE, shipped
+from phi3_mlflow.core.shipped import PACKAGE, in_project, shipped
+from phi3_mlflow.training.row_files import row_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from phi3_mlflow.pipeline.recipe import Recipe
+    from phi3_mlflow.pipeline.recipe import Recipe, Rows
 
 _CALIBRATION = "calibration.jsonl"  # the project's own, in whatever commit
 
@@ -103,13 +104,24 @@ def _check_out(origin: str, commit: str, place: Path) -> bool:
     )
 
 
-def write_profile(recipe: Recipe, code: Code, folder: Path) -> Path:
+def write_profile(recipe: Recipe, code: Code, folder: Path, data: Path | None = None) -> Path:
     """Write the recipe's profile as a file.
 
+    Args:
+        recipe: of the version.
+        code: which code will run.
+        folder: to write into.
+        data: where the rows are that it was trained on, if not where they were.
+
     Raises:
-        UserError: the calibration texts are no longer what they were.
+        UserError: the calibration texts, or the rows, are no longer what they were.
     """
     content = dict(recipe.profile)
+    if recipe.rows:
+        found = find_rows(recipe, code, folder, data)
+        content["train"] = {**content["train"], **{k: str(place) for k, place in found.items()}}
+    elif data is not None:
+        raise UserError("parameter: data: the version was not fine-tuned; leave data out")
     if recipe.calibration_sha256 is not None:
         named = content.get("quantization", {}).get("calibration")
         texts = Path(named) if named else code.calibration
@@ -121,6 +133,69 @@ def write_profile(recipe: Recipe, code: Code, folder: Path) -> Path:
     file = folder / f"{content['name']}.yaml"
     file.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), "utf-8")
     return file
+
+
+def find_rows(recipe: Recipe, code: Code, folder: Path, data: Path | None) -> dict[str, Path]:
+    """The rows that a version was trained and validated with, by the key in the section `train`.
+
+    Args:
+        recipe: of the version.
+        code: which code will run; rows that come with the project are those of its commit.
+        folder: where those of several files are put together: the folder that they were in may
+            have got more files since.
+        data: where the training rows are, if not where they were. Validation rows that are no
+            longer where they were are looked for beside them, under their own name.
+
+    Raises:
+        UserError: they are not there, or are others; names the hashes that are needed.
+    """
+    found, problems = {}, []
+    for key, rows in recipe.rows.items():
+        was = None if rows.place is None else in_project(rows.place, code.root)
+        places = [was] if data is None or key != "data" else [data]
+        if data is not None and key != "data" and was is not None:
+            places.append(data.parent / was.name)
+        known = [place for place in places if place is not None]
+        usable = (_with_hashes(place, rows, folder / "rows" / key) for place in known)
+        if place := next(filter(None, usable), None):
+            found[key] = place
+        else:
+            problems.append(_missing(key, rows, known))
+    if problems:
+        raise UserError(
+            problem_list(
+                "The rows that the version was fine-tuned with are needed",
+                problems,
+                "They are not kept with the version: say where they are with -P data=PLACE (a "
+                "file or folder; validation rows are looked for beside it too).",
+            )
+        )
+    return found
+
+
+def _with_hashes(place: Path, rows: Rows, folder: Path) -> Path | None:
+    """Where rows with the hashes of the recipe are, given a place to look at."""
+    try:
+        if not rows.files:
+            return place.absolute() if row_files(place).digest == rows.sha256 else None
+        there = dict(zip((given := row_files(place)).hashes, given.paths, strict=True))
+        if any(given.hashes.get(name) != sha256 for name, sha256 in rows.files.items()):
+            return None
+    except UserError:
+        return None
+    for name in rows.files:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(there[name].absolute())
+    return folder / "**" / "*" if any("/" in name for name in rows.files) else folder
+
+
+def _missing(key: str, rows: Rows, places: list[Path]) -> str:
+    where = " or ".join(str(place) for place in places) or "no place that the version names"
+    if not rows.files:
+        return f"train.{key}: sha256 {rows.sha256}; not in {where}"
+    files = ", ".join(f"{name} (sha256 {sha256})" for name, sha256 in rows.files.items())
+    return f"train.{key}: {files}; not all of it in {where}"
 
 
 def rebuild(
@@ -148,7 +223,7 @@ def rebuild(
         StepFailed: a step ended badly; it has said why.
     """
     content = yaml.safe_load(profile.read_text("utf-8"))
-    steps = ["fetch"]
+    steps = ["fetch", "train"] if content.get("train") else ["fetch"]
     if flavor == "onnx":
         steps += ["quantize", "export"] if content["precision"] == "int4" else ["export"]
     for step in steps:

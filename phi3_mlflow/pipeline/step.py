@@ -206,7 +206,7 @@ def plan(step: Step[In, Any], request: Request, cache: StepCache) -> PlannedStep
     parts = {
         "step": step.name,
         "settings": step.settings(request),
-        "inputs": {name: given.digest for name, given in named_inputs(inputs).items()},
+        "inputs": {name: given.identity for name, given in named_inputs(inputs).items()},
         "code": step.closure.hashes(),
         "libraries": library_versions([step.closure]),
     }

@@ -4,14 +4,17 @@
     python -m steps.reproduce --version models:/smollm2-135m@champion
 
 Everything is done anew in a cache of its own: the source is fetched at the recorded revision, and
-the steps run with the code of the version's commit and the settings it was made with. Ends with
-code 0 when every file is the same, with code 4 when one differs. Registers nothing.
+the steps run with the code of the version's commit and the settings it was made with. The rows
+that a version was fine-tuned on are looked for where they were, or where `data` says; only those
+with the recorded hash are taken. Ends with code 0 when every file is the same, with code 4 when
+one differs. Registers nothing.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.inputs import Input
@@ -54,7 +57,7 @@ class Reproduce(Step[ReproduceInputs, ReproductionRecord]):
 
     name = "reproduce"
     doing = "making the version again"
-    parameters = step_parameters("version", "registered_model")
+    parameters = step_parameters("version", "data", "registered_model")
     record_type = ReproductionRecord
     in_mlflow = True
     cached = False
@@ -89,7 +92,8 @@ class Reproduce(Step[ReproduceInputs, ReproductionRecord]):
         try:
             code = code_at(tags.get("git_commit", UNKNOWN), checkout(), origin(), private / "code")
             console.say(f"  {version.uri}, with the code of {code.commit}")
-            profile = write_profile(recipe, code, private)
+            data = None if work.request.is_auto("data") else Path(work.request.value("data"))
+            profile = write_profile(recipe, code, private, data)
             made = rebuild(
                 tags.get("flavor", "onnx"),
                 profile, code, private / "cache", open_child, close_child,
@@ -113,13 +117,14 @@ def compared(
     version: VersionName, recipe: Recipe, code: Code, made: Manifest
 ) -> ReproductionRecord:
     """What came out."""
+    now = artifact_libraries(trained=bool(recipe.rows))
     return ReproductionRecord(
         version=version.uri,
         same=made.digest == recipe.files.digest,
         artifact_sha256={"registered": recipe.files.digest, "made_again": made.digest},
         differences=tuple(recipe.files.changes(made)),
         code={"commit": code.commit, "note": code.note},
-        libraries_changed=tuple(changed_libraries(recipe, artifact_libraries())),
+        libraries_changed=tuple(changed_libraries(recipe, now)),
         recipe=recipe.metadata(),
     )
 

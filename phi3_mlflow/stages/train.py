@@ -20,13 +20,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.inputs import Folder, Input
-from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import Meter, show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+from phi3_mlflow.training.row_files import is_pattern, row_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,6 +113,7 @@ class Train(Step[TrainInputs, NoRecord]):
                 "checkpoint_sha256": merged_sha256,
                 "data_sha256": data.data_sha256,
                 "trained_on": trained_on(facts),
+                "training": {"settings": facts["settings"], "rows": _rows_used(work.inputs)},
             },
         )
         work.metrics.update({k: float(v) for k, v in facts.items() if isinstance(v, int | float)})
@@ -160,12 +161,24 @@ def trained_on(facts: Mapping[str, Any]) -> str:
 
 
 def _rows_input(key: str, path: Path) -> Input[Path]:
-    """A file of rows, or a folder of `datasets`, by the hash that `load_training` gives it."""
-    if path.is_dir():
-        return Input(path, content_digest(path), str(path))
-    if not path.is_file():
+    """Rows, by the hash that `load_training` gives them; of several files, those of all."""
+    if not (path.exists() or is_pattern(path)):
         raise UserError(f"{key}: there is no file {path.absolute()}")
-    return Input(path, sha256_of_file(path), str(path))
+    try:
+        found = row_files(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return Input(path, found.digest, str(path), files=found.hashes)
+
+
+def _rows_used(inputs: TrainInputs) -> dict[str, Any]:
+    """What identifies the rows, for those who have to find them again; not where they are."""
+    named = {"data": inputs.data, "validation": inputs.validation}
+    return {
+        key: {"sha256": rows.digest, "files": dict(rows.files)}
+        for key, rows in named.items()
+        if rows is not None
+    }
 
 
 def _load(work: Work[TrainInputs]) -> TrainingData:
@@ -271,7 +284,8 @@ def _facts(
         "final_validation_loss": trained.last("validation_loss"),
         "format": data.format,
         "loss_tokens": rows.loss_tokens,
-        "settings": dict(work.settings),
+        # Whether an overlap was allowed decides nothing about what has come out.
+        "settings": {k: v for k, v in work.settings.items() if k != "allow_overlap"},
         "steps": trained.steps,
         "tokens": rows.tokens,
         "too_long_rows": len(rows.too_long),

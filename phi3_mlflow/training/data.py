@@ -9,15 +9,14 @@ another order move none of the others, and equal rows are on one side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from phi3_mlflow.artifacts.manifests import sha256_of_file
-from phi3_mlflow.artifacts.provenance import content_digest
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.rows.faults import NOTHING, BrokenFile, FaultList
 from phi3_mlflow.rows.files import open_rows
 from phi3_mlflow.training.conversations import FORMATS, Conversation, read_conversation, recognised
+from phi3_mlflow.training.row_files import row_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,11 +35,11 @@ class TrainingData:
     """Rows to train on and rows to validate with.
 
     Attributes:
-        train: the rows that are trained on, in the file's order.
+        train: the rows that are trained on, in the order of the files' names and in theirs.
         validation: those that are not; empty where none were asked for.
-        format: what the training rows are written in, a key of `FORMATS`.
-        data_sha256: of the file, as hex.
-        validation_sha256: of the validation file, where there is one.
+        format: what the training rows are written in, keys of `FORMATS`.
+        data_sha256: of the file, or over all files, as hex; see `row_files`.
+        validation_sha256: of what was given as validation, where that was.
         ignored: the columns of the training rows that are not read.
     """
 
@@ -54,12 +53,12 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one file holds."""
+    """What one file holds, or several."""
 
     rows: tuple[Conversation, ...]
     format: str
-    sha256: str
     ignored: tuple[str, ...]
+    sha256: str = ""
 
 
 def load_training(
@@ -72,9 +71,10 @@ def load_training(
     """Read the rows and set some aside.
 
     Args:
-        data: a JSONL, CSV or Parquet file, or a folder that `datasets` saved.
-        format: a key of `FORMATS`, for both files; `auto` recognises each by its columns.
-        validation: a file of rows to validate with.
+        data: a JSONL, CSV or Parquet file, a folder that `datasets` saved, a folder of files, or a
+            pattern of names as `tickets/*.jsonl`.
+        format: a key of `FORMATS`, for all files; `auto` recognises each by its columns.
+        validation: rows to validate with, in a place of their own.
         validation_share: without such a file, the share of the rows set aside, from 0 to 1.
 
     Raises:
@@ -146,9 +146,32 @@ def _refuse_contained(
 
 
 def _read(path: Path, wanted: str) -> _Rows:
-    """The rows of a file, all of them sound."""
+    """The rows of a file, or of all files of a folder or pattern, every one of them sound."""
+    files = row_files(path)
+    found: list[_Rows] = []
+    problems: list[str] = []
+    for file in files.paths:
+        try:
+            found.append(_read_file(file, wanted))
+        except UserError as error:
+            problems.append(str(error))
+    if row_files(path).digest != files.digest:
+        raise UserError(f"{path} changed while it was read; try again when nobody writes to it")
+    if problems:
+        raise UserError("\n".join(problems))
+    if not files.hashes:
+        return replace(found[0], sha256=files.digest)
+    named = zip(files.hashes, found, strict=True)
+    return _Rows(
+        tuple(replace(row, where=f"{n}, {row.where}") for n, some in named for row in some.rows),
+        ", ".join(dict.fromkeys(some.format for some in found)),
+        tuple(sorted({column for some in found for column in some.ignored})),
+        files.digest,
+    )
+
+
+def _read_file(path: Path, wanted: str) -> _Rows:
     file = open_rows(path)
-    before = _digest(path)
     faults = FaultList()
     records = _records(file, faults)
     columns = {name for record in records for name in record.values}
@@ -162,11 +185,9 @@ def _read(path: Path, wanted: str) -> _Rows:
             rows.append(row)
     if not records and not faults:
         faults.add("whole file", "rows", NOTHING, "there should be at least two")
-    if _digest(path) != before:
-        raise UserError(f"{path} changed while it was read; try again when nobody writes to it")
     faults.refuse(path, _LISTED)
     name, read = (known.name, known.columns) if known else ("", ())
-    return _Rows(tuple(rows), name, before, tuple(sorted(columns.difference(read))))
+    return _Rows(tuple(rows), name, tuple(sorted(columns.difference(read))))
 
 
 def _records(file: RowFile, faults: FaultList) -> list[Record]:
@@ -198,11 +219,3 @@ def _format(columns: set[str], wanted: str, path: Path, faults: FaultList) -> Fo
         told = f"should be those of one format ({ways})"
     faults.add("whole file", "columns", sorted(columns), told)
     return None
-
-
-def _digest(path: Path) -> str:
-    """The sha256 of a file, or of a folder's files, as hex."""
-    try:
-        return content_digest(path) if path.is_dir() else sha256_of_file(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error

@@ -22,8 +22,8 @@ class TrainSettings(Section):
     """LoRA on rows of conversations; equal settings, rows and checkpoints give equal bytes."""
 
     data: Path = Field(
-        description="rows to train on, .jsonl, .csv or .parquet; a relative path counts from the "
-        "profile's folder"
+        description="rows to train on: .jsonl, .csv or .parquet, a folder of such files or a pattern "
+        "of their names (`rows/*.jsonl`); a relative path counts from the profile's folder"
     )
     format: Format = Field(
         default="auto",
@@ -32,7 +32,7 @@ class TrainSettings(Section):
     )
     validation: Path | None = Field(
         default=None,
-        description="rows to validate with, in a file of their own; left out, validation_share",
+        description="rows to validate with, in a place of their own; left out, validation_share",
     )
     validation_share: float = Field(
         default=0.1,

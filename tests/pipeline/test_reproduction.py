@@ -22,6 +22,7 @@ from phi3_mlflow.pipeline.recipe import METADATA_KEY, Recipe, artifact_libraries
 from phi3_mlflow.pipeline.reproduction import Code, changed_libraries, code_at, write_profile
 from phi3_mlflow.stages import quantize, reproduce
 from phi3_mlflow.tracking import registry
+from phi3_mlflow.training.row_files import row_files
 from tests.conftest import ROOT, Workspace
 from tests.fixtures import tiny_line
 
@@ -231,3 +232,117 @@ def test_a_tag_that_is_not_the_recipes_is_bad_input(
     result = run_it(workspace)
     assert result.exit_code == EXIT_BAD_INPUT
     assert "was changed after it was made" in result.stderr
+
+
+TRAINING = {"learning_rate": 0.001, "lora_r": 4}
+
+
+def write_rows(file: Path, text: str = "It is broken.") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"{n}: {text}", "completion": str(n % 3)} for n in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def trained_recipe(folder: Path, **train: Any) -> Recipe:
+    """The recipe of a version that was fine-tuned on what the profile names."""
+    profile = load_profile(str(tiny_line.write_profile(folder, train={**TRAINING, **train})))
+    used = {key: row_files(getattr(profile.train, key)) for key in train}
+    known = {
+        "adapter_sha256": "f" * 64,
+        "training": {
+            "settings": TRAINING,
+            "rows": {
+                key: {"sha256": rows.digest, "files": dict(rows.hashes)}
+                for key, rows in used.items()
+            },
+        },
+    }
+    recipe = recipe_of(profile, artifact(folder / "onnx", **known), folder)
+    assert recipe is not None
+    content = json.loads(json.dumps({METADATA_KEY: recipe.metadata()}))
+    assert Recipe.read(content, "models:/m/1") == recipe
+    return recipe
+
+
+def train_of(recipe: Recipe, folder: Path, data: Path | None = None) -> Any:
+    folder.mkdir()
+    return load_profile(str(write_profile(recipe, Code(ROOT, COMMIT), folder, data))).train
+
+
+def test_rows_are_found_where_they_were(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    recipe = trained_recipe(tmp_path, data="rows.jsonl")
+    train = train_of(recipe, tmp_path / "again")
+    assert train.data == rows
+    assert (train.learning_rate, train.lora_r, train.allow_overlap) == (0.001, 4, True)
+    assert "peft" in recipe.libraries
+
+
+def test_other_rows_are_refused_with_the_hash_that_is_needed(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    sha256 = sha256_of_file(rows)
+    recipe = trained_recipe(tmp_path, data="rows.jsonl")
+    write_rows(rows, "It is broken!")
+    with pytest.raises(UserError, match=f"sha256 {sha256}; not in {rows}") as told:
+        train_of(recipe, tmp_path / "again")
+    assert "-P data=" in str(told.value)
+    rows.unlink()
+    with pytest.raises(UserError, match=sha256):
+        train_of(recipe, tmp_path / "and-again", write_rows(tmp_path / "b.jsonl", "Other."))
+
+
+def test_rows_that_have_moved_are_taken_from_where_the_user_says(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    held = write_rows(tmp_path / "held.jsonl", "It is late.")
+    recipe = trained_recipe(tmp_path, data="rows.jsonl", validation="held.jsonl")
+    (tmp_path / "archive").mkdir()
+    moved = rows.rename(tmp_path / "archive" / "old.jsonl")
+    train = train_of(recipe, tmp_path / "again", moved)
+    assert (train.data, train.validation) == (moved, held)
+    beside = held.rename(tmp_path / "archive" / "held.jsonl")
+    train = train_of(recipe, tmp_path / "and-again", moved)
+    assert (train.data, train.validation) == (moved, beside)
+    beside.unlink()
+    with pytest.raises(UserError, match=r"train\.validation: sha256"):
+        train_of(recipe, tmp_path / "once-more", moved)
+
+
+@pytest.mark.parametrize("data", ["rows", "rows/*.jsonl", "rows/**/*.jsonl"])
+def test_files_that_came_later_are_left_out(tmp_path: Path, data: str) -> None:
+    write_rows(tmp_path / "rows/a.jsonl")
+    deep = "**" in data
+    if deep:
+        write_rows(tmp_path / "rows/deep/b.jsonl", "It is late.")
+    recipe = trained_recipe(tmp_path, data=data)
+    write_rows(tmp_path / "rows/c.jsonl", "It is new.")
+    train = train_of(recipe, tmp_path / "again")
+    assert list(row_files(train.data).hashes) == ["a.jsonl", *(["deep/b.jsonl"] if deep else [])]
+    assert row_files(train.data).digest == recipe.rows["data"].sha256
+    (tmp_path / "rows/a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl \(sha256 .*not all of it in"):
+        train_of(recipe, tmp_path / "and-again")
+
+
+def test_rows_of_the_project_are_those_of_the_versions_commit(tmp_path: Path) -> None:
+    data = ROOT / "examples" / "tickets" / "tickets.jsonl"
+    recipe = trained_recipe(tmp_path, data=str(data))
+    assert recipe.rows["data"].place == "project:examples/tickets/tickets.jsonl"
+    there = tmp_path / "other" / "examples" / "tickets" / "tickets.jsonl"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(data.read_bytes())
+    (tmp_path / "again").mkdir()
+    file = write_profile(recipe, Code(tmp_path / "other", COMMIT), tmp_path / "again")
+    assert load_profile(str(file)).train.data == there
+
+
+def test_a_fine_tuned_artifact_of_before_has_no_recipe(tmp_path: Path) -> None:
+    profile = load_profile(str(tiny_line.write_profile(tmp_path)))
+    assert recipe_of(profile, artifact(tmp_path / "onnx", adapter_sha256="f"), tmp_path) is None
+    with pytest.raises(UserError, match="was fine-tuned before recipes covered that"):
+        Recipe.read({}, "models:/m/1")
+
+
+def test_data_for_a_version_that_was_not_fine_tuned_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was not fine-tuned"):
+        write_profile(Recipe({"name": "p"}, None, FILES, {}), Code(ROOT, COMMIT), tmp_path, ROOT)
