@@ -22,8 +22,8 @@ class TrainSettings(Section):
     """LoRA on rows of conversations; equal settings, rows and checkpoints give equal bytes."""
 
     data: Path = Field(
-        description="rows to train on: .jsonl, .csv or .parquet, a folder of such files or a pattern "
-        "of their names (`rows/*.jsonl`); a relative path counts from the profile's folder"
+        description="rows to train on: .jsonl, .csv or .parquet, a folder of such files or a "
+        "pattern of names (`rows/*.jsonl`); a relative path counts from the profile's folder"
     )
     format: Format = Field(
         default="auto",
