@@ -18,16 +18,23 @@ if TYPE_CHECKING:
 PROVENANCE_NAME = "provenance.json"
 TRAINING_KEYS = ("base_checkpoint_sha256", "data_sha256", "adapter_sha256", "trained_on")
 """What the provenance of a fine-tuned checkpoint holds besides; its version has them as tags."""
+LOGGED_AS = "logged_as"
+"""The tag that says whether a fine-tuned version is its merged checkpoint or has an adapter."""
+TRAINING_TAGS = (*TRAINING_KEYS, LOGGED_AS)
+ADAPTER_FOLDER = "adapter"
+TRAINING_FILES = (ADAPTER_FOLDER, "training.json", "validation.jsonl")
+"""What lies beside a fine-tuned checkpoint and is no part of it: the rows may be confidential."""
 
 
 def content_manifest(directory: Path) -> Manifest:
-    """A directory's files, the provenance itself left out."""
+    """A directory's files, without the provenance and what is kept of training beside them."""
     manifest = Manifest.of_directory(directory)
-    return Manifest(tuple(f for f in manifest.files if f.path != PROVENANCE_NAME))
+    aside = {PROVENANCE_NAME, *TRAINING_FILES}
+    return Manifest(tuple(f for f in manifest.files if f.path.partition("/")[0] not in aside))
 
 
 def content_digest(directory: Path) -> str:
-    """The digest of a directory's files, the provenance itself left out."""
+    """The digest of `content_manifest`."""
     return content_manifest(directory).digest
 
 

@@ -13,7 +13,7 @@ from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.runtime.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from mlflow.models import ModelSignature
 
@@ -45,16 +45,22 @@ PROMPT_EXAMPLE: dict[str, Any] = {
 }
 
 
-def requirements(flavor: Flavor) -> list[str]:
+def requirements(flavor: Flavor, *, adapter: bool = False) -> list[str]:
     """Pip requirements of a logged model: the versions installed here, exactly.
 
     A local version label (`2.13.0+cpu`) is left out: it names a build that other machines may not
     find, of the same release.
 
+    Args:
+        flavor: which one.
+        adapter: the model is logged as a checkpoint and an adapter. MLflow's transformers flavor
+            loads that with PEFT.
+
     Raises:
         EnvironmentProblem: one of them is not installed.
     """
-    return [_pin(name) for name in _REQUIREMENTS[flavor]]
+    names = (*_REQUIREMENTS[flavor], *(("peft",) if adapter else ()))
+    return [_pin(name) for name in names]
 
 
 def _pin(name: str) -> str:
@@ -129,6 +135,26 @@ def copy_code(contract: Contract, folder: Path) -> None:
     target.mkdir()
     for file in sorted(_RUNTIME.glob("*.py")):
         shutil.copyfile(file, target / file.name)
+
+
+def link_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
+    """Make `target` a directory with symbolic links to the files of `source`.
+
+    Symbolic and not hard: they cross file systems, and MLflow's stores write what they point to.
+
+    Args:
+        source: an existing directory.
+        target: a directory that does not exist.
+        leave_out: names in `source` that are left out.
+    """
+    target.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if entry.name in leave_out:
+            continue
+        if entry.is_dir():
+            link_files(entry, target / entry.name)
+        else:
+            (target / entry.name).symlink_to(entry.resolve())
 
 
 def write_documents(folder: Path, model_card: str | None, license_text: str | None) -> None:

@@ -129,25 +129,12 @@ class _OnnxFlavor:
         )
         bundle.copy_code(contract, folder)
         bundle.write_documents(folder, model_card, license_text)
-        _link_files(onnx_dir, folder / ARTIFACT)
+        bundle.link_files(onnx_dir, folder / ARTIFACT)
         flavor = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]
         flavor["artifacts"] = {"onnx": {"path": ARTIFACT, "uri": ARTIFACT}}
         flavor["model_code_path"] = bundle.code_file(contract).name  # not where it lies here
         mlflow_model.model_size_bytes = get_total_file_size(folder)
         mlflow_model.save(str(folder / MLMODEL_FILE_NAME))
-
-
-def _link_files(source: Path, target: Path) -> None:
-    """Make `target` a directory with symbolic links to the files of `source`.
-
-    Symbolic and not hard: they cross file systems, and MLflow's stores write what they point to.
-    """
-    target.mkdir(parents=True)
-    for entry in sorted(source.iterdir()):
-        if entry.is_dir():
-            _link_files(entry, target / entry.name)
-        else:
-            (target / entry.name).symlink_to(entry.resolve())
 
 
 def rope_switch(onnx_dir: Path) -> int:

@@ -6,21 +6,30 @@ answers the chat schema with faults that a client notices (a list in place of th
 path as `model`, errors for `temperature` 0 and for `stop` on another machine, "stop" where the
 length ended the answer; see docs/chat-contract.md). So the `python_function` flavor of what was
 logged is pointed at the same models-from-code file that the ONNX flavor uses.
+
+A fine-tuned model is logged as its merged checkpoint, or as the checkpoint before training and the
+adapter. Where MLflow saves a PEFT model itself, it writes down where the base model lies on this
+machine; here both are in the logged folder, and the MLmodel file names them relative to itself:
+
+    model/   the checkpoint     components/tokenizer/     peft/   the adapter
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.artifacts.manifests import MANIFEST_NAME
+from phi3_mlflow.artifacts.provenance import TRAINING_FILES
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import bundle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from mlflow.models import Model
     from mlflow.models.model import ModelInfo
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 TASK = "llm/v1/chat"
+_ADAPTER = "peft"  # as MLflow has it
 
 
 def log_transformers(
@@ -44,6 +54,7 @@ def log_transformers(
     pip_requirements: list[str] | None = None,
     model_card: str | None = None,
     license_text: str | None = None,
+    adapter: Path | None = None,
 ) -> ModelInfo:
     """Log a Hugging Face checkpoint directory as an MLflow LoggedModel.
 
@@ -64,6 +75,7 @@ def log_transformers(
         pip_requirements: default: `bundle.requirements("transformers")`.
         model_card: a text, kept as model_card.md with the model.
         license_text: a text, kept as LICENSE.txt with the model.
+        adapter: a folder with a LoRA adapter for the checkpoint, in PEFT's format.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.
@@ -80,19 +92,34 @@ def log_transformers(
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, auto")
     config = bundle.checked_config({"model_name": name, "dtype": dtype, **(model_config or {})})
-    info = mlflow.transformers.log_model(
-        transformers_model=str(checkpoint.resolve()),
-        name=bundle.logged_name(name),
-        task=TASK,
-        torch_dtype=getattr(torch, dtype),
-        input_example=input_example or bundle.CHAT_EXAMPLE,
-        pip_requirements=pip_requirements or bundle.requirements("transformers"),
-        model_card=_card(model_card),
-        metadata=metadata,
-        params=params,
-        tags=tags,
-    )
-    return _put_runtime(info, config, license_text or _licence_unknown(name))
+    needed = pip_requirements or bundle.requirements("transformers", adapter=adapter is not None)
+    with _of_the_model(checkpoint) as folder:
+        info = mlflow.transformers.log_model(
+            transformers_model=str(folder.resolve()),
+            name=bundle.logged_name(name),
+            task=TASK,
+            torch_dtype=getattr(torch, dtype),
+            input_example=input_example or bundle.CHAT_EXAMPLE,
+            pip_requirements=needed,
+            model_card=_card(model_card),
+            metadata=metadata,
+            params=params,
+            tags=tags,
+        )
+    return _put_runtime(info, config, license_text or _licence_unknown(name), adapter)
+
+
+@contextmanager
+def _of_the_model(checkpoint: Path) -> Iterator[Path]:
+    """A folder with the files that make up the model, without what is kept of its training."""
+    if not any((checkpoint / name).exists() for name in TRAINING_FILES):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
+        # The manifest lists what is left out.
+        bundle.link_files(checkpoint, folder, (*TRAINING_FILES, MANIFEST_NAME))
+        yield folder
 
 
 def _dtype(checkpoint: Path) -> str:
@@ -101,7 +128,9 @@ def _dtype(checkpoint: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def _put_runtime(info: ModelInfo, config: ModelConfig, license_text: str) -> ModelInfo:
+def _put_runtime(
+    info: ModelInfo, config: ModelConfig, license_text: str, adapter: Path | None
+) -> ModelInfo:
     """Replace the pyfunc wrapper of a model that was just logged, and the paths it gives away."""
     import mlflow
     from mlflow.entities import LoggedModelStatus
@@ -111,11 +140,13 @@ def _put_runtime(info: ModelInfo, config: ModelConfig, license_text: str) -> Mod
     client = mlflow.MlflowClient()
     try:
         model = Model.load(info.model_uri)
-        _describe(model, config)
+        _describe(model, config, with_adapter=adapter is not None)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             bundle.copy_code("chat", folder)
             bundle.write_documents(folder, None, license_text)
+            if adapter is not None:
+                bundle.link_files(adapter, folder / _ADAPTER)
             # Last: until the MLmodel file names the runtime, the model is MLflow's own, and whole.
             client.log_model_artifacts(info.model_id, str(folder))
             model.save(str(folder / MLMODEL_FILE_NAME))
@@ -126,19 +157,19 @@ def _put_runtime(info: ModelInfo, config: ModelConfig, license_text: str) -> Mod
     return model.get_model_info(client.get_logged_model(info.model_id))
 
 
-def _describe(model: Model, config: ModelConfig) -> None:
+def _describe(model: Model, config: ModelConfig, *, with_adapter: bool) -> None:
     pipeline = model.flavors["transformers"]
     pipeline["source_model_name"] = config.model_name  # was the path of the checkpoint here
     pyfunc = model.flavors["python_function"]
+    artifacts = {"checkpoint": "model", "tokenizer": "components/tokenizer"}
+    if with_adapter:
+        pipeline["peft_adaptor"] = artifacts["adapter"] = _ADAPTER
     pyfunc.update(
         loader_module="mlflow.pyfunc.loaders.code_model",
         model_code_path=bundle.code_file("chat").name,
         streamable=True,
         config=asdict(config),
-        artifacts={
-            "checkpoint": {"path": "model", "uri": "model"},
-            "tokenizer": {"path": "components/tokenizer", "uri": "components/tokenizer"},
-        },
+        artifacts={name: {"path": path, "uri": path} for name, path in artifacts.items()},
     )
     model.signature = bundle.signature("chat")
 

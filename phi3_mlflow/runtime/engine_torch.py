@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .adapter import add_adapter
 from .fair_lock import FairLock
 from .request import RequestError
 from .vocabulary import Vocabulary
@@ -25,6 +26,8 @@ class TorchEngine:
     Args:
         checkpoint: directory with config.json and the weights as safetensors.
         tokenizer: directory with the tokenizer and its chat template.
+        settings: how to set the engine up.
+        adapter: directory with a LoRA adapter for the checkpoint.
 
     Raises:
         ValueError: a setting that this installation or this model cannot meet.
@@ -32,7 +35,13 @@ class TorchEngine:
 
     together = 1
 
-    def __init__(self, checkpoint: Path, tokenizer: Path, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        tokenizer: Path,
+        settings: EngineSettings,
+        adapter: Path | None = None,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +66,8 @@ class TorchEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
         )
+        if adapter is not None:
+            add_adapter(model, adapter)
         self._model = model.to(settings.provider).eval()
         config = self._model.config
         made_for = int(config.max_position_embeddings)

@@ -21,7 +21,8 @@ def load_engine(artifacts: Mapping[str, str], settings: EngineSettings) -> Engin
     """Load the engine for the artifacts of a logged model.
 
     Args:
-        artifacts: `onnx` with a directory of the model builder, or `checkpoint` and `tokenizer`.
+        artifacts: `onnx` with a directory of the model builder, or `checkpoint` and `tokenizer`,
+            and `adapter` where a LoRA adapter is to be added to the checkpoint.
         settings: how to set the engine up.
 
     Raises:
@@ -30,7 +31,10 @@ def load_engine(artifacts: Mapping[str, str], settings: EngineSettings) -> Engin
     """
     if "onnx" in artifacts:
         return onnx_engine(Path(artifacts["onnx"]), settings)
-    return TorchEngine(Path(artifacts["checkpoint"]), Path(artifacts["tokenizer"]), settings)
+    adapter = Path(artifacts["adapter"]) if "adapter" in artifacts else None
+    return TorchEngine(
+        Path(artifacts["checkpoint"]), Path(artifacts["tokenizer"]), settings, adapter
+    )
 
 
 def onnx_engine(folder: Path, settings: EngineSettings) -> Engine:

@@ -69,7 +69,10 @@ def _fine_tuning(tags: Mapping[str, str]) -> list[str]:
     """A line on what the version was trained on, where it was."""
     if "adapter_sha256" not in tags:
         return []
+    logged_as = tags.get("logged_as", "merged")
+    form = ", logged as the checkpoint before training with the adapter beside it"
     return [
         f"- **Fine-tuned**: LoRA on {tags.get('trained_on', 'rows of its own')}; rows sha256 "
         f"`{tags.get('data_sha256', 'unknown')}`, adapter sha256 `{tags['adapter_sha256']}`"
+        f"{form if logged_as == 'adapter' else ''}"
     ]

@@ -15,11 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import key_of
 from phi3_mlflow.artifacts.code_keys import closure, modules_in
-from phi3_mlflow.artifacts.provenance import TRAINING_KEYS, content_digest, read_provenance
+from phi3_mlflow.artifacts.provenance import (
+    ADAPTER_FOLDER,
+    LOGGED_AS,
+    TRAINING_KEYS,
+    content_digest,
+    read_provenance,
+)
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.core import console
+from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.git import origin
-from phi3_mlflow.pipeline.inputs import ONNX, folder_input, full_precision
+from phi3_mlflow.pipeline.inputs import (
+    ONNX,
+    entry_input,
+    folder_input,
+    full_precision,
+    preceding_output,
+)
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
@@ -40,10 +53,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogInputs:
-    """What goes into the model: an ONNX directory, a checkpoint, or both."""
+    """What goes into the model: an ONNX directory, a checkpoint, or both.
+
+    `base` is the checkpoint before training, where the model is logged as that and an adapter.
+    """
 
     onnx: Folder | None
     checkpoint: Folder | None
+    base: Folder | None = None
 
     def folder(self, flavor: str) -> Path:
         """The files of a flavor.
@@ -76,6 +93,7 @@ class Log(Step[LogInputs, LoggedModels]):
         return LogInputs(
             folder_input(request, cache, "onnx", "export", ONNX) if "onnx" in chosen else None,
             full_precision(request, cache) if "transformers" in chosen else None,
+            _base(request, cache) if log_as(request) == "adapter" else None,
         )
 
     def settings(self, request: Request) -> Settings:
@@ -85,7 +103,10 @@ class Log(Step[LogInputs, LoggedModels]):
         return {
             "flavor": profile.flavor,
             "contract": profile.contract,
-            "requirements": {flavor: requirements(flavor) for flavor in flavors(request)},
+            "requirements": {
+                flavor: requirements(flavor, adapter=_with_adapter(request, flavor))
+                for flavor in flavors(request)
+            },
             "runtime": profile.runtime.model_dump(mode="json"),
             "tracking": tracking_identity(),
         }
@@ -95,6 +116,9 @@ class Log(Step[LogInputs, LoggedModels]):
         for flavor in flavors(work.request):
             directory = work.inputs.folder(flavor)
             tags = version_tags(flavor, directory)
+            if "adapter_sha256" in tags:
+                adapted = _with_adapter(work.request, flavor)
+                tags[LOGGED_AS] = "adapter" if adapted else "merged"
             tags[registry.CONTENT] = content_key(self, work, flavor, tags["artifact_sha256"])
             model_id = find_logged(work, flavor) or find_same(work, tags[registry.CONTENT])
             if model_id is None:
@@ -119,6 +143,46 @@ def flavors(request: Request) -> list[Flavor]:
     """The flavors that the profile asks for, the one that may become champion first."""
     flavor = request.profile.flavor
     return ["onnx", "transformers"] if flavor == "both" else [flavor]
+
+
+def log_as(request: Request) -> str:
+    """What the transformers flavor is logged as: `merged`, or `adapter` for base and adapter."""
+    trains = request.profile.train
+    asked = trains is not None and "transformers" in flavors(request)
+    return trains.log_as if trains and asked else "merged"
+
+
+def _with_adapter(request: Request, flavor: Flavor) -> bool:
+    return flavor == "transformers" and log_as(request) == "adapter"
+
+
+def _base(request: Request, cache: StepCache) -> Folder:
+    """The checkpoint as it was fetched."""
+    return entry_input(preceding_output(request, cache, "checkpoint", "fetch"))
+
+
+def base_and_adapter(inputs: LogInputs) -> tuple[Path, Path]:
+    """The checkpoint before training, and the adapter.
+
+    Raises:
+        UserError: the checkpoint has no adapter, or one for another checkpoint.
+    """
+    trained = inputs.folder("transformers")
+    adapter = trained / ADAPTER_FOLDER
+    if inputs.base is None or not adapter.is_dir():
+        raise UserError(
+            f"train.log_as is 'adapter', and {trained} has no folder {ADAPTER_FOLDER}: it was not "
+            "left by the step train. Set train.log_as to 'merged'."
+        )
+    trained_on = read_provenance(trained).get("base_checkpoint_sha256")
+    base = inputs.base.value
+    if trained_on != (read_provenance(base).get("checkpoint_sha256") or content_digest(base)):
+        raise UserError(
+            f"train.log_as is 'adapter', and the adapter in {trained} was trained on another "
+            f"checkpoint than {base}, which fetch left last. Run train again, or set train.log_as "
+            "to 'merged'."
+        )
+    return base, adapter
 
 
 def find_logged(work: Work[LogInputs], flavor: str) -> str | None:
@@ -211,8 +275,11 @@ def log_transformers_model(
     from phi3_mlflow.flavors.transformers import log_transformers
 
     profile = work.request.profile
+    base, adapter = directory, None
+    if _with_adapter(work.request, "transformers"):
+        base, adapter = base_and_adapter(work.inputs)
     return log_transformers(
-        directory,
+        base,
         name=profile.registered_model,
         dtype="auto",
         model_config=profile.runtime.model_dump(mode="json", exclude_none=True),
@@ -220,7 +287,8 @@ def log_transformers_model(
         tags=tags,
         model_card=model_card(profile, tags),
         license_text=licence_text(directory),
-        pip_requirements=requirements("transformers"),
+        pip_requirements=requirements("transformers", adapter=adapter is not None),
+        adapter=adapter,
     )
 
 

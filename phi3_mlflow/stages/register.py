@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.inputs import Input
-from phi3_mlflow.artifacts.provenance import TRAINING_KEYS
+from phi3_mlflow.artifacts.provenance import TRAINING_TAGS
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.pipeline.inputs import preceding_output
@@ -133,7 +133,7 @@ def logged_model(uri: str) -> LoggedModel:
             "Give models:/m-... (from the log step), or runs:/RUN_ID/NAME."
         ) from error
     tags.setdefault("flavor", "transformers" if "transformers" in info.flavors else "onnx")
-    kept = (*registry.VERSION_TAGS, *TRAINING_KEYS, registry.CONTENT)
+    kept = (*registry.VERSION_TAGS, *TRAINING_TAGS, registry.CONTENT)
     return LoggedModel(
         flavor=tags["flavor"],
         model_id=info.model_id or info.model_uuid,

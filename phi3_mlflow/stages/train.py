@@ -20,7 +20,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.inputs import Folder, Input
-from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.artifacts.provenance import (
+    ADAPTER_FOLDER,
+    content_digest,
+    read_provenance,
+    write_provenance,
+)
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import Meter, show_progress
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.training.train import Trained
 
 _NAMED = 20  # rows that are too long
+_DECIDES_NO_BYTE = {"data", "validation", "log_as"}  # of the rows, their content does
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Train(Step[TrainInputs, NoRecord]):
         return TrainInputs(checkpoint, data, validation)
 
     def settings(self, request: Request) -> Settings:
-        return settings_of(request).model_dump(mode="json", exclude={"data", "validation"})
+        return settings_of(request).model_dump(mode="json", exclude=_DECIDES_NO_BYTE)
 
     def work(self, work: Work[TrainInputs]) -> None:
         from filelock import FileLock
@@ -95,8 +101,7 @@ class Train(Step[TrainInputs, NoRecord]):
             trained = _train(work, rows, validation, adapter)
             merged = merge_adapter(checkpoint, adapter, work.out, show_progress)
             validate_checkpoint(work.out)
-            merged_sha256 = content_digest(work.out)
-            shutil.copytree(adapter, work.out / "adapter")
+            shutil.copytree(adapter, work.out / ADAPTER_FOLDER)
         facts = _facts(work, data, rows, trained)
         text = json.dumps({**facts, "curve": trained.curve}, indent=2, sort_keys=True) + "\n"
         (work.out / "training.json").write_text(text, "utf-8")
@@ -110,7 +115,7 @@ class Train(Step[TrainInputs, NoRecord]):
                 "adapter_sha256": trained.adapter_sha256,
                 "base_checkpoint_sha256": known.get("checkpoint_sha256")
                 or content_digest(checkpoint),
-                "checkpoint_sha256": merged_sha256,
+                "checkpoint_sha256": content_digest(work.out),
                 "data_sha256": data.data_sha256,
                 "trained_on": trained_on(facts),
                 "training": {"settings": facts["settings"], "rows": _rows_used(work.inputs)},
@@ -118,7 +123,7 @@ class Train(Step[TrainInputs, NoRecord]):
         )
         work.metrics.update({k: float(v) for k, v in facts.items() if isinstance(v, int | float)})
         work.metrics["merged_matrices"] = float(merged.matrices)
-        work.run.log_training(work.out / "adapter", work.out / "training.json")
+        work.run.log_training(work.out / ADAPTER_FOLDER, work.out / "training.json")
         console.say(f"  trained on {trained_on(facts)}")
 
     def after(self, request: Request, entry: Entry) -> None:

@@ -17,17 +17,12 @@ from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.checkpoints.writer import SHARD_BYTES, Announced, CheckpointWriter
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.runtime.adapter import add_product, key_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from phi3_mlflow.core.progress import Progress
-
-_PREFIX = "base_model.model."
-_ROWS = 4096
-"""Rows of a matrix that are added at once, to keep float32 copies small."""
 
 
 @dataclass(frozen=True)
@@ -79,34 +74,15 @@ def merge_adapter(
         ):
             for name in reader:
                 tensor = reader.read(name)
-                key = _key(name, "A")
-                if key in names:
-                    a, b = pairs.get_tensor(key), pairs.get_tensor(_key(name, "B"))
-                    largest = max(largest, _add(tensor, a.float(), b.float(), scale))
+                if key_of(name, "A") in names:
+                    a, b = pairs.get_tensor(key_of(name, "A")), pairs.get_tensor(key_of(name, "B"))
+                    largest = max(largest, add_product(tensor, a.float(), b.float(), scale))
                     changed += 1
                 meter.advance(writer.write(name, tensor))
     for name in layout.small_files(file.name for file in checkpoint.iterdir() if file.is_file()):
         if name != layout.INDEX:
             shutil.copyfile(checkpoint / name, out / name)
     return Merged(changed, largest)
-
-
-def _add(tensor: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
-    """Add scale * B A to a matrix in place, some rows at a time; gives the largest change.
-
-    Args:
-        tensor: (rows, columns), any float dtype.
-        a: (rank, columns), float32.
-        b: (rows, rank), float32.
-        scale: what the product counts.
-    """
-    largest = 0.0
-    for start in range(0, tensor.shape[0], _ROWS):
-        part = slice(start, start + _ROWS)
-        change = (b[part] @ a) * scale
-        tensor[part] = (tensor[part].float() + change).to(tensor.dtype)
-        largest = max(largest, float(change.abs().max()))
-    return largest
 
 
 def _scale(adapter: Path) -> float:
@@ -123,14 +99,14 @@ def _scale(adapter: Path) -> float:
 def _check(reader: CheckpointReader, pairs: Any, adapter: Path) -> None:
     """Refuse an adapter whose matrices are not those of the checkpoint."""
     names = set(pairs.keys())
-    known = {key for name in reader for key in (_key(name, "A"), _key(name, "B"))}
+    known = {key for name in reader for key in (key_of(name, "A"), key_of(name, "B"))}
     if strangers := sorted(names - known):
         raise UserError(
             f"the adapter {adapter} is for matrices that {reader.directory} does not have: "
             + ", ".join(strangers[:5])
         )
     for name in reader:
-        keys = [_key(name, "A"), _key(name, "B")]
+        keys = [key_of(name, "A"), key_of(name, "B")]
         if not names & set(keys):
             continue
         a, b = (list(pairs.get_slice(key).get_shape()) if key in names else [] for key in keys)
@@ -139,10 +115,6 @@ def _check(reader: CheckpointReader, pairs: Any, adapter: Path) -> None:
             raise UserError(
                 f"the adapter {adapter} does not fit {name} of shape {shape}: A is {a}, B is {b}"
             )
-
-
-def _key(name: str, matrix: str) -> str:
-    return f"{_PREFIX}{name.removesuffix('.weight')}.lora_{matrix}.weight"
 
 
 def _announced(reader: CheckpointReader, name: str) -> Announced:

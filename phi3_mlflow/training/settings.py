@@ -113,6 +113,12 @@ class TrainSettings(Section):
         description="stop when the validation loss has not fallen so many times in a row, and keep "
         "the best; 0 never stops",
     )
+    log_as: Literal["merged", "adapter"] = Field(
+        default="merged",
+        description="what the transformers flavor of the trained model is logged as: the merged "
+        "checkpoint, or the checkpoint before training with the adapter beside it; both answer "
+        "the same",
+    )
     allow_overlap: bool = Field(
         default=False,
         description="train on rows that are also, or nearly, among those that measure the model",

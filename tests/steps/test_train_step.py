@@ -241,3 +241,41 @@ def test_without_rows_it_says_how_to_give_them(tmp_path) -> None:
     done = place.step("train", "--profile", str(profile), "--data", "gone.jsonl")
     assert done.returncode == EXIT_BAD_INPUT
     assert "train.data: there is no file" in done.stderr
+
+
+@pytest.mark.slow
+def test_logged_as_checkpoint_and_adapter_or_merged(tmp_path, monkeypatch) -> None:
+    place = Workspace(tmp_path)
+    rows = write_rows(tmp_path / "tickets.jsonl", 0, 24)
+    train = {"data": str(rows), "validation_share": 0, "log_as": "adapter", **SETTINGS}
+    profile = write_profile(tmp_path, train=train, flavor="transformers")
+    for step in ("fetch", "train", "log", "register"):
+        done = place.step(step, "--profile", str(profile))
+        assert done.returncode == 0, done.stdout + done.stderr
+    write_profile(tmp_path, train={**train, "log_as": "merged"}, flavor="transformers")
+    done = place.step("train", "--profile", str(profile))
+    assert "cached=true" in done.stdout
+    for step in ("log", "register"):
+        done = place.step(step, "--profile", str(profile))
+        assert done.returncode == 0, done.stdout + done.stderr
+    place.enter(monkeypatch)
+    versions = [registry.describe(registry.VersionName("tiny", number)) for number in "12"]
+    assert [version.tags["logged_as"] for version in versions] == ["adapter", "merged"]
+    # Both are computed with the same weights.
+    assert versions[0].tags["artifact_sha256"] == versions[1].tags["artifact_sha256"]
+    assert versions[0].tags["artifact_sha256"] == versions[0].tags["checkpoint_sha256"]
+    text = mlflow.MlflowClient().get_model_version("tiny", "1").description
+    assert "logged as the checkpoint before training with the adapter beside it" in text
+    folders = [Path(mlflow.artifacts.download_artifacts(f"models:/tiny/{n}")) for n in "12"]
+    assert (folders[0] / "peft" / "adapter_model.safetensors").is_file()
+    assert not (folders[1] / "peft").exists()
+    for folder in folders:
+        assert not [*folder.rglob("training.json"), *folder.rglob("validation.jsonl")]
+    # A base that is not the one it was trained on is noticed.
+    (tmp_path / "checkpoint").rename(tmp_path / "first")
+    make_tiny(tmp_path / "checkpoint", "phi-4-mini", seed=7)
+    write_profile(tmp_path, train=train, flavor="transformers")
+    assert place.step("fetch", "--profile", str(profile)).returncode == 0
+    done = place.step("log", "--profile", str(profile))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "was trained on another checkpoint" in done.stderr
