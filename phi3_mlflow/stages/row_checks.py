@@ -32,7 +32,7 @@ def refuse_faulty_checks(files: Mapping[str, Sequence[Conversation]]) -> None:
     problems = []
     for file, rows in files.items():
         faults = FaultList()
-        for row in sorted(rows, key=lambda row: int(row.where.split()[-1])):
+        for row in sorted(rows, key=_place):
             if row.check is None:
                 continue
             try:
@@ -48,3 +48,9 @@ def refuse_faulty_checks(files: Mapping[str, Sequence[Conversation]]) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _place(row: Conversation) -> tuple[str, int]:
+    """What puts rows back into the order of their file; a place ends with a number."""
+    before, _, number = row.where.rpartition(" ")
+    return before, int(number)

@@ -213,6 +213,8 @@ def _load(work: Work[TrainInputs]) -> TrainingData:
         f"  {len(data.train)} rows to train on, {len(data.validation)} to validate with, read as "
         f"{data.format}"
     )
+    if data.ignored:
+        console.say(f"  columns that are not read: {', '.join(data.ignored)}")
     return data
 
 

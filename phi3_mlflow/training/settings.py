@@ -54,6 +54,11 @@ class TrainSettings(Section):
         le=131_072,
         description="tokens per row; rows that are longer are counted, named and left out",
     )
+    packing: bool = Field(
+        default=False,
+        description="lay several rows end to end into one sequence of up to max_length tokens; "
+        "none sees another, none is cut, and a batch is then of sequences instead of rows",
+    )
     per_device_train_batch_size: int = Field(
         default=8, ge=1, le=1024, description="rows computed together"
     )

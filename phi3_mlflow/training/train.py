@@ -31,6 +31,7 @@ from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.training import resume
 from phi3_mlflow.training.lora import adapted_tensors, lora_config
+from phi3_mlflow.training.packing import IGNORED, Pack, PackCollator, pack, tokens_in
 from phi3_mlflow.training.watch import Listener, Watch, named_values, out_of_patience
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-IGNORED = -100
-"""The label of a token that carries no loss, as torch has it."""
 _KEPT = 2  # checkpoints
 
 
@@ -153,7 +152,9 @@ def _run(
         local_files_only=True,
         use_safetensors=True,
     )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    collator = PackCollator(tokenizer.pad_token_id or 0) if settings.packing else None
+    rows = pack(rows, settings.max_length) if settings.packing else rows
     set_seed(settings.seed)  # the trainer sets it after the adapter has its first values
     trainer = _Trainer(
         model=get_peft_model(model, lora_config(settings)),
@@ -161,6 +162,7 @@ def _run(
         train_dataset=as_dataset(rows),
         eval_dataset=as_dataset(validation) if validation else None,
         processing_class=tokenizer,
+        data_collator=collator,
         callbacks=[Watch(settings, listener, folder, vocabulary=model.config.vocab_size)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -216,6 +218,16 @@ class _Trainer(SFTTrainer):
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
         pass
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
+        """The loss; of packed rows, trl counts the tokens of one sequence of the batch alone."""
+        before = self._total_train_tokens
+        loss = super().compute_loss(model, inputs, *more, **named)
+        if self.model.training and "attention_mask" not in inputs:
+            tokens = self.accelerator.gather_for_metrics(tokens_in(inputs["position_ids"]))
+            self._total_train_tokens = before + int(tokens.sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
 
 class _CheckedOnce:
     """Makes batches, and compares the labels of the first with what the rows' masks say.
@@ -254,9 +266,16 @@ def labels_of(row: Row) -> list[int]:
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
-    """Rows as trl takes them when they are tokens already: columns `input_ids` and `labels`."""
+    """Rows as trl takes them when they are tokens already: columns `input_ids` and `labels`.
+
+    Packed ones have `seq_lengths`, as trl calls it, besides.
+    """
     return Dataset.from_list(
-        [{"input_ids": list(row.input_ids), "labels": labels_of(row)} for row in rows]
+        [
+            {"input_ids": list(row.input_ids), "labels": labels_of(row)}
+            | ({"seq_lengths": list(row.lengths)} if isinstance(row, Pack) else {})
+            for row in rows
+        ]
     )
 
 

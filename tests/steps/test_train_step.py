@@ -29,8 +29,8 @@ GATE = {
 }
 
 
-def write_rows(file: Path, first: int, last: int) -> Path:
-    rows = [{"prompt": f"Ticket {i}: it is broken.", "completion": f"Team {i % 3}."}
+def write_rows(file: Path, first: int, last: int, **more: str) -> Path:
+    rows = [{"prompt": f"Ticket {i}: it is broken.", "completion": f"Team {i % 3}.", **more}
             for i in range(first, last)]  # fmt: skip
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -158,12 +158,13 @@ def test_a_second_run_does_nothing_and_more_rows_train_again(line, monkeypatch) 
     # A step alone takes what train has left.
     done = place.step("quantize", "--profile", str(profile))
     assert "cached=true" in done.stdout, done.stdout + done.stderr
-    write_rows(place.folder / "tickets.jsonl", 60, 80)
+    write_rows(place.folder / "tickets.jsonl", 60, 80, origin="mail")
     done = place.step("main", "--profile", str(profile), "--dry-run", "true")
     assert "train     would run: changed: inputs.data" in done.stdout
     done = place.step("train", "--profile", str(profile))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "carry loss" in done.stdout + done.stderr
+    assert "columns that are not read: origin" in done.stdout + done.stderr
     after = trained_by(place)
     report = json.loads((after / "training.json").read_text())
     assert report["train_rows"] + report["validation_rows"] == 80
