@@ -77,6 +77,18 @@ class Train(Step[TrainInputs, NoRecord]):
     def settings(self, request: Request) -> Settings:
         return settings_of(request).model_dump(mode="json", exclude=_DECIDES_NO_BYTE)
 
+    def run(self, request: Request) -> None:
+        """Do the step; in the others of several processes, take part in the training."""
+        from phi3_mlflow.training import processes
+
+        if processes.is_first():
+            with processes.leading():
+                super().run(request)
+        else:
+            from phi3_mlflow.training.train import follow
+
+            follow()
+
     def work(self, work: Work[TrainInputs]) -> None:
         from filelock import FileLock
 
@@ -86,6 +98,7 @@ class Train(Step[TrainInputs, NoRecord]):
         from phi3_mlflow.training.merge import merge_adapter
         from phi3_mlflow.training.task import write_validation
 
+        _require_processes(work.request)
         checkpoint = work.inputs.checkpoint.value
         require_room(checkpoint, settings_of(work.request), work.cache.root)
         data = _load(work)
@@ -149,6 +162,24 @@ def settings_of(request: Request) -> TrainSettings:
             "  train:\n    data: FILE"
         )
     return chosen
+
+
+def _require_processes(request: Request) -> None:
+    from phi3_mlflow.training import processes
+
+    wanted, there = settings_of(request).num_processes, processes.count()
+    if wanted != there:
+        way_out = (
+            f"Start the step with  accelerate launch --num_processes {wanted} -m steps.train "
+            f"--profile {request.value('profile')}  (on a CPU: torchrun --nproc-per-node {wanted} "
+            "-m steps.train ...); main then takes what it has left."
+        )
+        raise UserError(
+            f"train.num_processes is {wanted}, and the step was started as "
+            f"{'one process' if there == 1 else f'{there} processes'}. How many there are decides "
+            "the result, so it is a setting.\n"
+            + (way_out if wanted > 1 else f"Set it to {there}, or start the step by itself.")
+        )
 
 
 def unfinished(cache: StepCache, key: str) -> Path:

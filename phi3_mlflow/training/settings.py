@@ -106,6 +106,13 @@ class TrainSettings(Section):
         description="processor threads; the last bits of sums depend on them, so it is a setting "
         "and not the machine's number of cores",
     )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="processes that train together, each with per_device_train_batch_size rows; "
+        "above 1, the step is started with accelerate launch or torchrun",
+    )
     save_steps: int = Field(
         default=50,
         ge=1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,10 +29,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.training import resume
+from phi3_mlflow.training import processes, resume
 from phi3_mlflow.training.lora import adapted_tensors, lora_config
 from phi3_mlflow.training.packing import IGNORED, Pack, PackCollator, pack, tokens_in
-from phi3_mlflow.training.watch import Listener, Watch, named_values, out_of_patience
+from phi3_mlflow.training.processes import Job
+from phi3_mlflow.training.watch import Listener, Stopped, Watch, named_values, out_of_patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,8 +118,11 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     ended = resume.finished(folder)
     if ended is None:
-        with _reproducible(settings.threads):
-            _run(checkpoint, rows, validation, settings, folder, listener)
+        start = resume.last_whole(folder)
+        if not (start and out_of_patience(resume.state_of(start)["log_history"], settings)):
+            job = Job(checkpoint, rows, validation, settings, folder, start)
+            processes.hand_out(job)
+            _run(job, listener)
         last = resume.last_whole(folder)
         if last is None:  # the trainer saves after its last step
             raise RuntimeError("training ended without a checkpoint")
@@ -134,48 +138,61 @@ def train(
     )
 
 
-def _run(
-    checkpoint: Path,
-    rows: Sequence[Row],
-    validation: Sequence[Row],
-    settings: TrainSettings,
-    folder: Path,
-    listener: Listener,
-) -> None:
-    start = resume.last_whole(folder)
-    if start and out_of_patience(resume.state_of(start)["log_history"], settings):
-        return
+def follow() -> None:
+    """Take part in a training that another process leads, if it comes to one."""
+    job = processes.receive()
+    if job is not None:
+        with suppress(Stopped):  # which the other process has told
+            _run(job, _Deaf())
+
+
+class _Deaf:
+    """Told what somebody else tells."""
+
+    def begins(self, step: int, steps: int) -> None:
+        pass
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+
+def _run(job: Job, listener: Listener) -> None:
+    with _reproducible(job.settings.threads):
+        _trainer(job, listener).train(resume_from_checkpoint=str(job.start) if job.start else None)
+
+
+def _trainer(job: Job, listener: Listener) -> Any:
+    settings, rows = job.settings, job.rows
     on_gpu = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
+        job.checkpoint,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         local_files_only=True,
         use_safetensors=True,
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.checkpoint, local_files_only=True)
     collator = PackCollator(tokenizer.pad_token_id or 0) if settings.packing else None
     rows = pack(rows, settings.max_length) if settings.packing else rows
     set_seed(settings.seed)  # the trainer sets it after the adapter has its first values
     trainer = _Trainer(
         model=get_peft_model(model, lora_config(settings)),
-        args=_arguments(settings, folder, bool(validation), resumed=bool(start), on_gpu=on_gpu),
+        args=_arguments(job, on_gpu=on_gpu),
         train_dataset=as_dataset(rows),
-        eval_dataset=as_dataset(validation) if validation else None,
+        eval_dataset=as_dataset(job.validation) if job.validation else None,
         processing_class=tokenizer,
         data_collator=collator,
-        callbacks=[Watch(settings, listener, folder, vocabulary=model.config.vocab_size)],
+        callbacks=[Watch(settings, listener, job.folder, vocabulary=model.config.vocab_size)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.data_collator = _CheckedOnce(trainer.data_collator, rows)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return trainer
 
 
-def _arguments(
-    settings: TrainSettings, folder: Path, validates: bool, *, resumed: bool, on_gpu: bool
-) -> SFTConfig:
+def _arguments(job: Job, *, on_gpu: bool) -> SFTConfig:
+    settings, validates = job.settings, bool(job.validation)
     patient = settings.early_stopping_patience > 0
-    return SFTConfig(
-        output_dir=str(folder),
+    arguments = SFTConfig(
+        output_dir=str(job.folder),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -196,7 +213,7 @@ def _arguments(
         save_total_limit=_KEPT,
         eval_strategy="steps" if validates else "no",
         eval_steps=settings.save_steps if validates else None,
-        eval_on_start=validates and not resumed,
+        eval_on_start=validates and job.start is None,
         metric_for_best_model="eval_loss" if patient else None,
         greater_is_better=False if patient else None,
         logging_steps=1,
@@ -206,7 +223,16 @@ def _arguments(
         use_cpu=not on_gpu,
         bf16=on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_backend="gloo" if processes.count() > 1 and not on_gpu else None,
+        ddp_find_unused_parameters=False,
     )
+    # Of several GPUs a process takes one, and does not cut its batches up among all.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if arguments.device.type == "cpu":
+        # The name that accelerate has for the CPUs of several processes, cpu:0, is none to torch
+        # when an optimizer is loaded.
+        arguments._setup_devices = torch.device("cpu")
+    return arguments
 
 
 class _Trainer(SFTTrainer):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.training import resume
+from phi3_mlflow.training import processes, resume
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from phi3_mlflow.training.settings import TrainSettings
 
 _FAR_OFF = 2.0  # times the loss of the untrained model, or, for a single batch, that of guessing
+
+
+class Stopped(Exception):
+    """Training went astray; in a process that does not say so itself."""
 
 
 class Listener(Protocol):
@@ -89,8 +93,10 @@ class Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A checkpoint has been written."""
-        resume.mark_whole(self._folder / f"checkpoint-{state.global_step}")
+        """A checkpoint has been written, by all processes."""
+        processes.wait_for_all()
+        if processes.is_first():
+            resume.mark_whole(self._folder / f"checkpoint-{state.global_step}")
 
     def _stop_if_lost(self, state: TrainerState, values: Mapping[str, float]) -> None:
         """Stop where a value is no number, or the model has become far worse than it was."""
@@ -104,6 +110,8 @@ class Watch(TrainerCallback):
             lost.append("validation_loss")
         if not lost:
             return
+        if not processes.is_first():
+            raise Stopped
         good = resume.last_whole(self._folder)
         kept = f"its last checkpoint is {good}" if good else "there is no checkpoint of it"
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -280,3 +280,38 @@ def test_logged_as_checkpoint_and_adapter_or_merged(tmp_path, monkeypatch) -> No
     done = place.step("log", "--profile", str(profile))
     assert done.returncode == EXIT_BAD_INPUT
     assert "was trained on another checkpoint" in done.stderr
+
+
+@pytest.mark.slow
+def test_several_processes_make_one_run(tmp_path, monkeypatch) -> None:
+    place = Workspace(tmp_path)
+    write_rows(tmp_path / "tickets.jsonl", 0, 24)
+    train = {"data": "tickets.jsonl", "num_processes": 2, **SETTINGS}
+    profile = write_profile(tmp_path, train=train)
+    assert place.step("fetch", "--profile", str(profile)).returncode == 0
+    done = place.step("train", "--profile", str(profile))
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "train.num_processes is 2, and the step was started as one process" in done.stderr
+    assert f"accelerate launch --num_processes 2 -m steps.train --profile {profile}" in done.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for cached in ("false", "true"):
+        done = subprocess.run(
+            [*launcher, "-m", "steps.train", "--profile", str(profile)],
+            cwd=place.folder,
+            env=place.whole_environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count(f"status=done cached={cached}") == 1
+        assert "step=train" in done.stdout
+    # What they have left is what the step by itself finds.
+    done = place.step("train", "--profile", str(profile))
+    assert "cached=true" in done.stdout, done.stdout + done.stderr
+    place.enter(monkeypatch)
+    experiment = mlflow.get_experiment_by_name("phi3-mlflow")
+    runs = mlflow.MlflowClient().search_runs([experiment.experiment_id], "tags.step = 'train'")
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED", "FINISHED", "FINISHED"]
+    report = json.loads((trained_by(place) / "training.json").read_text())
+    assert report["settings"]["num_processes"] == 2
+    assert report["steps"] == -(-report["train_rows"] // 16)
