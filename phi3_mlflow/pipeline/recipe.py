@@ -9,6 +9,7 @@ on it has the hashes, and where they were; the rows themselves stay the user's.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
@@ -21,7 +22,6 @@ from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from phi3_mlflow.config.profile import Profile
 
@@ -162,7 +162,9 @@ def _rows(profile: Profile, training: Mapping[str, Any]) -> dict[str, Rows]:
     for key in ROWS:
         if known := training["rows"].get(key):
             named = getattr(profile.train, key, None)
-            place = None if named is None else project_path(named) or str(named.absolute())
+            place = named  # a URI
+            if isinstance(named, Path):
+                place = project_path(named) or str(named.absolute())
             found[key] = Rows(known["sha256"], known["files"], place)
     return found
 

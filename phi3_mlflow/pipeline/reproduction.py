@@ -22,6 +22,8 @@ from phi3_mlflow.artifacts.provenance import content_manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, StepFailed, UserError, problem_list
 from phi3_mlflow.core.git import DIRTY, Origin, git
 from phi3_mlflow.core.shipped import PACKAGE, in_project, shipped
+from phi3_mlflow.rows.location import is_uri
+from phi3_mlflow.tracking.row_sources import local_rows
 from phi3_mlflow.training.row_files import row_files
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ def find_rows(recipe: Recipe, code: Code, folder: Path, data: Path | None) -> di
     """
     found, problems = {}, []
     for key, rows in recipe.rows.items():
-        was = None if rows.place is None else in_project(rows.place, code.root)
+        was = _place(rows.place, code)
         places = [was] if data is None or key != "data" else [data]
         if data is not None and key != "data" and was is not None:
             places.append(data.parent / was.name)
@@ -171,6 +173,16 @@ def find_rows(recipe: Recipe, code: Code, folder: Path, data: Path | None) -> di
             )
         )
     return found
+
+
+def _place(named: str | None, code: Code) -> Path | None:
+    """The file or folder that a version names for its rows, where it can be had."""
+    if named is None or not is_uri(named):
+        return None if named is None else in_project(named, code.root)
+    try:
+        return local_rows(named)
+    except UserError:  # all that is missing is told together
+        return None
 
 
 def _with_hashes(place: Path, rows: Rows, folder: Path) -> Path | None:

@@ -13,6 +13,9 @@ from urllib.request import url2pathname
 
 from phi3_mlflow.core.errors import UserError
 
+DATASET = "mlflow-dataset:"
+"""What a data set of MLflow's, of `mlflow.genai.datasets`, is named with."""
+
 
 def local_path(source: str | Path) -> Path:
     """The path of a file; what another URI than `file:` names is downloaded first.
@@ -26,9 +29,12 @@ def local_path(source: str | Path) -> Path:
     text = str(source)
     if text.startswith("file:"):
         return Path(url2pathname(urlparse(text).path))
-    if re.match(r"[a-z][a-z0-9+.-]+:/", text):
-        return _downloaded(text)
-    return Path(text).expanduser()
+    return _downloaded(text) if is_uri(text) else Path(text).expanduser()
+
+
+def is_uri(text: str) -> bool:
+    """Whether a text is a URI, of a file or of a data set of MLflow's, and not a path."""
+    return re.match(rf"{DATASET}|[a-z][a-z0-9+.-]+:/", text) is not None
 
 
 @lru_cache
