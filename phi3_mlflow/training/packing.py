@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phi3_mlflow.training.tokens import IGNORED
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phi3_mlflow.training.train import Row
-
-IGNORED = -100
-"""The label of a token that carries no loss, as torch has it."""
+    from phi3_mlflow.training.tokens import Row
 
 
 @dataclass(frozen=True)

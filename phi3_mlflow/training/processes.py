@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phi3_mlflow.training.settings import TrainSettings
-    from phi3_mlflow.training.train import Row
+    from phi3_mlflow.training.tokens import Row
 
 _PATIENCE = timedelta(days=1)  # the others wait while the first reads rows
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_mlflow.training.packing import IGNORED, Pack, PackCollator, pack, tokens_in
+from phi3_mlflow.training.packing import Pack, PackCollator, pack, tokens_in
+from phi3_mlflow.training.tokens import IGNORED
 from phi3_mlflow.training.train import as_dataset
 from tests.fixtures.tiny_phi3 import ARCHITECTURES, make_tiny
 from tests.training.test_train import Heard, Tokens, rows, run, settings
