@@ -258,3 +258,21 @@ def test_a_followed_branch_is_part_of_the_origin(tmp_path: Path) -> None:
     profile = load_profile(write(tmp_path, source="hf:me/model", track="release/v2"))
     assert profile.origin == "hf:me/model@release/v2"
     assert load_profile(write(tmp_path)).origin == "file:model"
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("phi")])
+def test_full_size_profiles_say_how_rows_are_trained_on_and_have_none(name: str) -> None:
+    assert load_profile(name).train is None
+    train = load_profile(name, {"train.data": "/rows.jsonl"}).train
+    assert train is not None
+    assert train.data == Path("/rows.jsonl")
+    assert train.gradient_checkpointing
+    assert train.per_device_train_batch_size == 1
+
+
+def test_a_section_train_without_rows_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.learning_rate"):
+        load_profile(write(tmp_path, train={"learning_rate": -1}))
+    with pytest.raises(UserError, match=r"train\.rows"):
+        load_profile(write(tmp_path, train={"rows": "a.jsonl"}))
+    assert load_profile(write(tmp_path, train={"learning_rate": 0.1})).train is None

@@ -17,6 +17,7 @@ from phi3_mlflow.config.problems import SEARCH, described
 from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.core.shipped import shipped
+from phi3_mlflow.rows.location import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,6 +96,7 @@ def load_profile(
     _search_instead(content, overrides.get("quantization.algorithm"))
     for chosen in _quantizations(content):
         _find_calibration(chosen, file)
+    trains = _given_rows(content)
     found: list[str] = list(problems)
     try:
         profile = Profile.model_validate(content)
@@ -106,7 +108,7 @@ def load_profile(
             "These parameters are wrong" if given else f"Profile {name_or_path} cannot be used"
         )
         raise UserError(problem_list(heading, found))
-    return profile
+    return profile if trains else profile.model_copy(update={"train": None})
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -160,8 +162,20 @@ def _find_rows(content: dict[str, Any], file: Path) -> None:
     """Relative files of training rows in a profile count from its folder."""
     train = content.get("train")
     for key in ("data", "validation"):
-        if isinstance(train, dict) and isinstance(train.get(key), str):
+        if isinstance(train, dict) and isinstance(train.get(key), str) and not is_uri(train[key]):
             train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
+
+
+def _given_rows(content: dict[str, Any]) -> bool:
+    """Whether there are rows to train on. A section without is for those that a parameter gives.
+
+    Its other keys are checked all the same.
+    """
+    train = content.get("train")
+    if isinstance(train, dict) and train and train.get("data") is None:
+        train["data"] = "none"
+        return False
+    return True
 
 
 def _lay_over(content: dict[str, Any], dotted: str, value: str | int) -> None:

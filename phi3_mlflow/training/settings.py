@@ -6,11 +6,12 @@ What a user of trl and peft knows keeps its name.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from phi3_mlflow.core.section import Section
+from phi3_mlflow.rows.location import is_uri
 
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -18,19 +19,30 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Format = Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"]
 
 
+def _place(value: object) -> object:
+    """A URI as it is; everything else is a path."""
+    return Path(value) if isinstance(value, str) and not is_uri(value) else value
+
+
+Rows = Annotated[Path | str, BeforeValidator(_place)]
+"""Where rows are: a path, or a URI."""
+
+
 class TrainSettings(Section):
     """LoRA on rows of conversations; equal settings, rows and checkpoints give equal bytes."""
 
-    data: Path = Field(
+    data: Rows = Field(
         description="rows to train on: .jsonl, .csv or .parquet, a folder of such files or a "
-        "pattern of names (`rows/*.jsonl`); a relative path counts from the profile's folder"
+        "pattern of names (`rows/*.jsonl`), a URI that MLflow downloads from, or "
+        "mlflow-dataset:NAME; a relative path counts from the profile's folder. Left out, the "
+        "section only says how rows given with -P data=FILE are trained on"
     )
     format: Format = Field(
         default="auto",
         description="what a row is: messages, prompt_completion (keys prompt and completion), "
         "sharegpt (conversations) or alpaca (instruction, input, output); auto recognises it",
     )
-    validation: Path | None = Field(
+    validation: Rows | None = Field(
         default=None,
         description="rows to validate with, in a place of their own; left out, validation_share",
     )
