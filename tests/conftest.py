@@ -49,6 +49,7 @@ class Workspace:
         return {
             "PHI3_MLFLOW_CACHE": str(self.cache),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
         }
 
     @property

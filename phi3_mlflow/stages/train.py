@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import Meter, show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+from phi3_mlflow.tracking.row_sources import local_rows
 from phi3_mlflow.training.row_files import is_pattern, row_files
 
 if TYPE_CHECKING:
@@ -157,7 +159,8 @@ def settings_of(request: Request) -> TrainSettings:
     chosen = request.profile.train
     if chosen is None:
         raise UserError(
-            f"train has nothing to do: profile {request.profile.name} has no section train.\n"
+            f"train has nothing to do: profile {request.profile.name} has no section train with "
+            "rows.\n"
             "Give the rows with -P data=FILE, or write them into the profile:\n"
             "  train:\n    data: FILE"
         )
@@ -196,15 +199,19 @@ def trained_on(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _rows_input(key: str, path: Path) -> Input[Path]:
+def _rows_input(key: str, place: Path | str) -> Input[Path]:
     """Rows, by the hash that `load_training` gives them; of several files, those of all."""
+    try:
+        path = local_rows(place)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     if not (path.exists() or is_pattern(path)):
         raise UserError(f"{key}: there is no file {path.absolute()}")
     try:
         found = row_files(path)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    return Input(path, found.digest, str(path), files=found.hashes)
+    return Input(path, found.digest, str(place), files=found.hashes)
 
 
 def _rows_used(inputs: TrainInputs) -> dict[str, Any]:
@@ -276,6 +283,7 @@ def _train(
 ) -> Trained:
     from phi3_mlflow.training.train import train
 
+    _require_memory(work, rows)
     with ExitStack() as shown:
         return train(
             work.inputs.checkpoint.value,
@@ -289,24 +297,45 @@ def _train(
         )
 
 
+def _require_memory(work: Work[TrainInputs], rows: TokenizedRows) -> None:
+    """On a CPU; how much a GPU needs was not measured."""
+    import torch
+
+    from phi3_mlflow.training.memory import require_memory
+    from phi3_mlflow.training.packing import pack
+
+    if torch.cuda.is_available():
+        return
+    chosen = settings_of(work.request)
+    sequences = pack(rows.rows, chosen.max_length) if chosen.packing else rows.rows
+    longest = max((len(row.input_ids) for row in sequences), default=0)
+    needed = require_memory(work.inputs.checkpoint.value, chosen, longest)
+    work.metrics["estimated_memory_bytes"] = float(needed.total)
+
+
 class _Listener:
     """Shows the progress, and logs the curve as it comes."""
 
     def __init__(self, run: StepRun, shown: ExitStack) -> None:
         self._run, self._shown = run, shown
         self._meter: Meter | None = None
+        self._steps = self._first = 0
+        self._began = 0.0
 
     def begins(self, step: int, steps: int) -> None:
         progress = partial(show_progress, unit="steps")
-        self._meter = self._shown.enter_context(progress("training", steps))
         if step:
             console.say(f"  going on after step {step} of {steps}")
-            self._meter.advance(step)
+        self._meter = self._shown.enter_context(progress("training", steps - step))
+        self._first, self._steps, self._began = step, steps, time.monotonic()
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log_point(step, values)
+        left = {}
         if self._meter and "loss" in values:
             self._meter.advance(1)
+            each = (time.monotonic() - self._began) / (step - self._first)
+            left = {"seconds_left": each * (self._steps - step)}
+        self._run.log_point(step, {**values, **left})
 
 
 def _facts(

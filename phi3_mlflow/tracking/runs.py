@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -15,6 +16,7 @@ from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.core.meter import ResourceMeter
 from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.row_sources import source_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,10 +107,9 @@ class StepRun:
             count: how many rows of it are used.
         """
         import mlflow
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
         from mlflow.data.meta_dataset import MetaDataset
 
-        source = resolve_dataset_source(rows.value.absolute().as_uri())
+        source = source_of(rows.shown, rows.value)
         # MLflow's digests have at most 36 characters; the whole is among the run's parameters.
         digest = rows.digest[:_DIGEST_LENGTH]
         dataset = MetaDataset(source, name=rows.value.stem, digest=digest)  # type: ignore[abstract]
@@ -231,6 +232,7 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
     from mlflow.entities import RunStatus
 
     connect()
+    watched = _watches_the_machine(step)
     if parent_run_id:
         parent = mlflow.get_run(parent_run_id)
         run = mlflow.start_run(
@@ -238,9 +240,13 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
             run_name=step,
             parent_run_id=parent_run_id,
             nested=True,
+            log_system_metrics=watched,
         )
     else:
-        run = mlflow.start_run(run_name=None if os.environ.get("MLFLOW_RUN_ID") else step)
+        run = mlflow.start_run(
+            run_name=None if os.environ.get("MLFLOW_RUN_ID") else step,
+            log_system_metrics=watched,
+        )
     status = RunStatus.FINISHED
     try:
         yield run
@@ -252,6 +258,18 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def _watches_the_machine(step: str) -> bool | None:
+    """Whether MLflow logs processor, memory, disk and network of a step; None as the user says.
+
+    The runs below that of `main` have them.
+    """
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    # It says at the beginning and the end of every run that it begins and ends.
+    logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.WARNING)
+    return None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else step != "main"
 
 
 def close_dead_runs(experiment_id: str) -> list[str]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,7 +17,8 @@ import pytest
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.config.loading import load_profile
-from phi3_mlflow.core.errors import EXIT_BAD_INPUT
+from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
+from phi3_mlflow.stages.train import TrainInputs, _load, _rows_input
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
@@ -29,7 +32,7 @@ GATE = {
 }
 
 
-def write_rows(file: Path, first: int, last: int, **more: str) -> Path:
+def write_rows(file: Path, first: int, last: int, **more: Any) -> Path:
     rows = [{"prompt": f"Ticket {i}: it is broken.", "completion": f"Team {i % 3}.", **more}
             for i in range(first, last)]  # fmt: skip
     with file.open("a", encoding="utf-8") as stream:
@@ -135,8 +138,16 @@ def test_the_run_has_the_curve_the_rows_and_the_adapter(line, monkeypatch) -> No
     assert [(p.step, p.value) for p in history] == [
         (p["step"], p["loss"]) for p in report["curve"] if "loss" in p
     ]
-    for name in ("learning_rate", "grad_norm", "tokens_per_second", "validation_loss"):
+    for name in (
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "validation_loss",
+        "seconds_left",
+    ):
         assert client.get_metric_history(run.info.run_id, name)
+    assert client.get_metric_history(run.info.run_id, "seconds_left")[-1].value == 0
+    assert "system/cpu_utilization_percentage" in run.data.metrics
     (given,) = run.inputs.dataset_inputs
     assert given.dataset.name == "tickets"
     assert report["data_sha256"].startswith(given.dataset.digest)
@@ -309,9 +320,33 @@ def test_several_processes_make_one_run(tmp_path, monkeypatch) -> None:
     done = place.step("train", "--profile", str(profile))
     assert "cached=true" in done.stdout, done.stdout + done.stderr
     place.enter(monkeypatch)
-    experiment = mlflow.get_experiment_by_name("phi3-mlflow")
-    runs = mlflow.MlflowClient().search_runs([experiment.experiment_id], "tags.step = 'train'")
+    client = registry.client()
+    experiment = client.get_experiment_by_name("phi3-mlflow")
+    runs = client.search_runs([experiment.experiment_id], "tags.step = 'train'")
     assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED", "FINISHED", "FINISHED"]
     report = json.loads((trained_by(place) / "training.json").read_text())
     assert report["settings"]["num_processes"] == 2
     assert report["steps"] == -(-report["train_rows"] // 16)
+
+
+def work_on(folder: Path, rows: Path) -> Any:
+    """As much of a step's work as reads rows."""
+    profile = load_profile(str(write_profile(folder, train={"data": str(rows)})))
+    inputs = TrainInputs(None, _rows_input("train.data", rows), None)
+    return SimpleNamespace(request=SimpleNamespace(profile=profile), inputs=inputs)
+
+
+def test_rows_that_change_between_the_key_and_the_reading(tmp_path) -> None:
+    rows = write_rows(tmp_path / "tickets.jsonl", 0, 40)
+    work = work_on(tmp_path, rows)
+    assert len(_load(work).train) > 30
+    write_rows(rows, 40, 41)
+    with pytest.raises(UserError, match=r"tickets\.jsonl changed while it was read"):
+        _load(work)
+
+
+def test_checks_that_are_none_are_told_before_any_work(tmp_path) -> None:
+    rows = write_rows(tmp_path / "tickets.jsonl", 0, 40)
+    write_rows(rows, 40, 41, check={"kind": "guess"})
+    with pytest.raises(UserError, match=r"1 problem:\n  - line 41: check: found"):
+        _load(work_on(tmp_path, rows))
