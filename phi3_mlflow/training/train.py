@@ -237,8 +237,8 @@ class _Trainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
         """The loss; of packed rows, trl counts the tokens of one sequence of the batch alone."""
         before = self._total_train_tokens
-        loss = super().compute_loss(model, inputs, *more, **named)
-        if self.model.training and "attention_mask" not in inputs:
+        loss = super().compute_loss(model, inputs, *more, **named)  # type: ignore[no-untyped-call]
+        if model.training and "attention_mask" not in inputs:
             tokens = self.accelerator.gather_for_metrics(tokens_in(inputs["position_ids"]))
             self._total_train_tokens = before + int(tokens.sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -320,14 +320,15 @@ def _reproducible(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Finds code that reads what nobody wrote; it takes half as much memory again, and time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        deterministic.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(strict, warn_only=warns)
         torch.set_num_threads(before)
