@@ -304,10 +304,12 @@ def test_several_processes_make_one_run(tmp_path, monkeypatch) -> None:
     assert done.returncode == EXIT_BAD_INPUT
     assert "train.num_processes is 2, and the step was started as one process" in done.stderr
     assert f"accelerate launch --num_processes 2 -m steps.train --profile {profile}" in done.stderr
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for cached in ("false", "true"):
+    accelerate = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    plain = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2")
+    for launcher, cached in (((*accelerate, *plain), "false"), (torchrun, "true")):
         done = subprocess.run(
-            [*launcher, "-m", "steps.train", "--profile", str(profile)],
+            [sys.executable, "-m", *launcher, "-m", "steps.train", "--profile", str(profile)],
             cwd=place.folder,
             env=place.whole_environment,
             capture_output=True,
