@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,10 @@ def source_of(shown: str, file: Path) -> DatasetSource:
     if shown.startswith(DATASET):
         return EvaluationDatasetSource(_found(shown.removeprefix(DATASET)).dataset_id)
     try:
-        return resolve_dataset_source(shown if is_uri(shown) else file.absolute().as_uri())
+        with warnings.catch_warnings():
+            # It has two resolvers for a file, of the same kind, and says so.
+            warnings.filterwarnings("ignore", message="The specified dataset source can be")
+            return resolve_dataset_source(shown if is_uri(shown) else file.absolute().as_uri())
     except MlflowException:  # it knows stores, but not its own short names for what is in them
         return CodeDatasetSource({"uri": shown})
 

@@ -15,6 +15,7 @@ import mlflow
 import pytest
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.provenance import TRAINING_FILES
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
@@ -166,9 +167,12 @@ def test_a_second_run_does_nothing_and_more_rows_train_again(line, monkeypatch) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Nothing to do" in done.stdout + done.stderr
     assert trained_by(place) == before
-    # A step alone takes what train has left.
+    # A step alone takes what train has left, and nothing but the checkpoint.
     done = place.step("quantize", "--profile", str(profile))
     assert "cached=true" in done.stdout, done.stdout + done.stderr
+    for step in ("quantize", "export"):
+        entry = StepCache(place.cache).latest("tiny", step)
+        assert not {f.path.partition("/")[0] for f in entry.manifest.files} & set(TRAINING_FILES)
     write_rows(place.folder / "tickets.jsonl", 60, 80, origin="mail")
     done = place.step("main", "--profile", str(profile), "--dry-run", "true")
     assert "train     would run: changed: inputs.data" in done.stdout
