@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _MOST_FILES = 10_000
 _DEEPEST = 8
+_ADAPTER = "peft/adapter_config.json"  # where MLflow keeps one
 _TOKENIZER_FOLDER = "components/tokenizer"
 _PACKAGES = {"boto3": "boto3", "botocore": "boto3", "google": "google-cloud-storage"}
 
@@ -127,6 +128,11 @@ def _wanted(
 ) -> list[str]:
     """The paths of the files to download."""
     folder = _checkpoint_folder(list(sizes), spec)
+    if folder.removesuffix("model/") + _ADAPTER in sizes:
+        raise CheckpointRefused(
+            f"{spec.text} is a checkpoint with an adapter beside it, and the checkpoint alone is "
+            "the model before it was trained. Log it merged (train.log_as: merged) and take that."
+        )
     names = _names_in(folder, list(sizes))
     small = layout.small_files(names)
     for name in small:

@@ -122,6 +122,13 @@ def test_a_logged_transformers_model(tracking: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == files | tokenizer
 
 
+def test_a_checkpoint_with_an_adapter_beside_it_is_refused(tracking: Path, tmp_path: Path) -> None:
+    files = {f"model/{name}": content for name, content in tiny_checkpoint().items()}
+    uri = logged(tmp_path / "in", {**files, "peft/adapter_config.json": b"{}"}, "model")
+    with pytest.raises(CheckpointRefused, match=r"the model before it was trained.*log_as: merged"):
+        fetch(tmp_path, uri)
+
+
 def test_the_lock_holds(tracking: Path, tmp_path: Path) -> None:
     files = tiny_checkpoint(1)
     uri = logged(tmp_path / "mine", files)
