@@ -170,6 +170,11 @@ def settings_of(request: Request) -> TrainSettings:
 def _require_processes(request: Request) -> None:
     from phi3_mlflow.training import processes
 
+    if not processes.is_first():  # main is no step that several processes can do
+        raise UserError(
+            "several processes were started to do all steps. Start the step train that way, "
+            "python -m steps.train, and then main by itself: it takes what train has left."
+        )
     wanted, there = settings_of(request).num_processes, processes.count()
     if wanted != there:
         way_out = (

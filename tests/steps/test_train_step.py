@@ -19,7 +19,7 @@ from phi3_mlflow.artifacts.provenance import TRAINING_FILES
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
-from phi3_mlflow.stages.train import TrainInputs, _load, _rows_input
+from phi3_mlflow.stages.train import TrainInputs, _load, _require_processes, _rows_input
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
@@ -349,6 +349,18 @@ def test_rows_that_change_between_the_key_and_the_reading(tmp_path) -> None:
     write_rows(rows, 40, 41)
     with pytest.raises(UserError, match=r"tickets\.jsonl changed while it was read"):
         _load(work)
+
+
+def test_only_the_step_by_itself_is_for_several_processes(tmp_path, monkeypatch) -> None:
+    profile = load_profile(str(write_profile(tmp_path, train={"data": "a.jsonl"})))
+    request = SimpleNamespace(profile=profile, value=lambda name: f"{name}.yaml")
+    _require_processes(request)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"num_processes is 1, .* as 2 processes(.|\n)*Set it to 2"):
+        _require_processes(request)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=r"to do all steps\. Start the step train that way"):
+        _require_processes(request)
 
 
 def test_checks_that_are_none_are_told_before_any_work(tmp_path) -> None:
