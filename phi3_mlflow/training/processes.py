@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = timedelta(days=1)  # the others wait while the first reads rows
 
+_handed_out = 0  # times that work, or none, was handed out
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,16 +80,22 @@ def wait_for_all() -> None:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Let the others go in the end, also when it has not come to the training."""
+    """Let the others go in the end, also when it has not come to the training.
+
+    Not when it is stopped from outside: whoever stops it stops them, too, and nobody would listen.
+    """
     before = _handed_out
     try:
         yield
-    finally:
-        if count() > 1 and _handed_out == before:
-            _exchange(None)
+    except Exception:
+        _dismiss(before)
+        raise
+    _dismiss(before)
 
 
-_handed_out = 0
+def _dismiss(before: int) -> None:
+    if _handed_out == before:
+        hand_out(None)
 
 
 def _exchange(job: Job | None) -> Job | None:
