@@ -9,6 +9,8 @@ from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.pipeline.step import slot
+from phi3_mlflow.tracking.row_sources import local_rows
+from phi3_mlflow.training.row_files import is_pattern, row_files
 
 if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import Entry, StepCache
@@ -70,6 +72,29 @@ def directory_input(cache: StepCache, name: str, path: Path, expected: str) -> F
             f"{where}: the files differ from their {MANIFEST_NAME}: " + "; ".join(problems[:5])
         )
     return Input(path.absolute(), found.digest, str(path.absolute()))
+
+
+def rows_input(key: str, place: Path | str) -> Input[Path]:
+    """Rows, by the hash that `load_training` gives them; of several files, those of all.
+
+    Args:
+        key: the profile's key that names them, for the message.
+        place: a file, a folder, a pattern of names, or the URI of what MLflow keeps.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        path = local_rows(place)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if not (path.exists() or is_pattern(path)):
+        raise UserError(f"{key}: there is no file {path.absolute()}")
+    try:
+        found = row_files(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return Input(path, found.digest, str(place), files=found.hashes)
 
 
 def preceding_output(

@@ -20,12 +20,13 @@ from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan,
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from phi3_mlflow.checkpoints.reader import CheckpointReader
     from phi3_mlflow.checkpoints.writer import CheckpointWriter
     from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.quantization.calibration import Conversation
     from phi3_mlflow.quantization.settings import GptqSettings
 
 # Sequences that go through a layer together.
@@ -39,6 +40,7 @@ def quantize_calibrated(
     settings: GptqSettings,
     writer: CheckpointWriter,
     meter: Meter,
+    rows: Sequence[Conversation] = (),
 ) -> int:
     """Quantize by GPTQ, layer by layer.
 
@@ -49,6 +51,7 @@ def quantize_calibrated(
         settings: with `calibration`.
         writer: gets the tensors.
         meter: told the bytes of the source that are done.
+        rows: training rows to calibrate with besides the texts.
 
     Returns:
         The bytes written.
@@ -57,7 +60,7 @@ def quantize_calibrated(
         UserError: the calibration file cannot be used.
     """
     with torch.inference_mode(), _threads(settings.threads):
-        states = _embed(reader, calibration_sequences(checkpoint, settings))
+        states = _embed(reader, calibration_sequences(checkpoint, settings, rows))
         model = _Layers(checkpoint, reader)
         if settings.drift_correction:
             model.reference = states.clone()

@@ -1,4 +1,4 @@
-"""Texts to calibrate with, as token sequences of one length."""
+"""Texts to calibrate with, and rows that the model was trained on, as token sequences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.rows.jsonl_file import JsonlFile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import torch
@@ -62,15 +63,19 @@ def _is_message(message: object) -> bool:
     )
 
 
-def calibration_sequences(checkpoint: Path, settings: GptqSettings) -> torch.Tensor:
-    """Token ids of the calibration texts, cut into sequences.
+def calibration_sequences(
+    checkpoint: Path, settings: GptqSettings, rows: Sequence[Conversation] = ()
+) -> torch.Tensor:
+    """Token ids of rows and of the calibration texts, cut into sequences.
 
-    Conversations are written out by the checkpoint's chat template. The texts are joined by the
+    Conversations are written out by the checkpoint's chat template. All are joined by the
     end-of-sequence token and cut, so no token is padding.
 
     Args:
         checkpoint: a directory with `tokenizer.json`.
         settings: with `calibration`, `calibration_tokens` and `calibration_length`.
+        rows: training rows, which come first and take their share as far as they reach; the texts
+            fill the rest.
 
     Returns:
         int64 (sequences, calibration_length).
@@ -86,22 +91,32 @@ def calibration_sequences(checkpoint: Path, settings: GptqSettings) -> torch.Ten
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"calibration needs the tokenizer of {checkpoint}: {error}") from error
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    length = settings.calibration_length
-    tokens: list[int] = []
-    for text in texts:
-        if len(tokens) >= settings.calibration_tokens:
-            break
-        if not isinstance(text, str):
-            text = _written_out(tokenizer, text)
-        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
-    count = min(len(tokens), settings.calibration_tokens) // length
+    length, wanted = settings.calibration_length, settings.calibration_tokens
+    # Whole sequences, so that no sequence is half of the one and half of the other.
+    share = round(settings.share_of_rows(trained=bool(rows)) * wanted / length) * length
+    tokens = _tokens(tokenizer, rows, share)
+    tokens = tokens[: min(share, len(tokens) // length * length)]
+    tokens += _tokens(tokenizer, texts, wanted - len(tokens))
+    count = min(len(tokens), wanted) // length
     if count == 0:
         raise UserError(
             f"calibration: {settings.calibration} has {len(tokens):,} tokens, fewer than one "
             f"sequence of calibration_length {length:,}"
         )
     return torch.tensor(tokens[: count * length], dtype=torch.int64).reshape(count, length)
+
+
+def _tokens(tokenizer: Any, texts: Iterable[str | Conversation], enough: int) -> list[int]:
+    """Token ids of texts, until there are enough; the last text is whole."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= enough:
+            break
+        if not isinstance(text, str):
+            text = _written_out(tokenizer, text)
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+    return tokens
 
 
 def _written_out(tokenizer: Any, messages: Conversation) -> str:

@@ -27,6 +27,9 @@ from phi3_mlflow.quantization.report import QuantizationReport, make_report
 from phi3_mlflow.quantization.rounding import Rounded, k_quant
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phi3_mlflow.quantization.calibration import Conversation
     from phi3_mlflow.quantization.settings import GptqSettings
 
 
@@ -35,6 +38,7 @@ def quantize_with_optimum(
     out: Path,
     settings: GptqSettings,
     progress: Progress = no_progress,
+    rows: Sequence[Conversation] = (),
 ) -> QuantizationReport:
     """The same as `quantize_checkpoint`, by optimum.
 
@@ -50,7 +54,7 @@ def quantize_with_optimum(
     total = sum(reader.entry(name).nbytes for name in reader)
     written = 0
     with tempfile.TemporaryDirectory(dir=out) as temporary:
-        _run(quantizer_class, checkpoint, Path(temporary), settings)
+        _run(quantizer_class, checkpoint, Path(temporary), settings, rows)
         found = CheckpointReader(Path(temporary))
         with (
             CheckpointWriter(out, plan.announced()) as writer,
@@ -82,11 +86,17 @@ def _optimum() -> Any:
     return GPTQQuantizer
 
 
-def _run(quantizer_class: Any, checkpoint: Path, directory: Path, settings: GptqSettings) -> None:
+def _run(
+    quantizer_class: Any,
+    checkpoint: Path,
+    directory: Path,
+    settings: GptqSettings,
+    rows: Sequence[Conversation],
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
-    sequences = calibration_sequences(checkpoint, settings)
+    sequences = calibration_sequences(checkpoint, settings, rows)
     model = AutoModelForCausalLM.from_pretrained(
         str(checkpoint), dtype=torch.float32, trust_remote_code=False, use_safetensors=True
     )

@@ -24,7 +24,10 @@ from phi3_mlflow.quantization.rounding import k_quant, rtn
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings, RtnSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from phi3_mlflow.quantization.calibration import Conversation
 
 
 def quantize_checkpoint(
@@ -32,11 +35,12 @@ def quantize_checkpoint(
     out: Path,
     settings: QuantizationSettings,
     progress: Progress = no_progress,
+    rows: Sequence[Conversation] = (),
 ) -> QuantizationReport:
     """Write the quantized checkpoint of a float Phi-3 checkpoint.
 
     Holds a few tensors at a time (with `gptq` a layer and the calibration texts' activations).
-    Equal checkpoint, settings and library versions give equal bytes.
+    Equal checkpoint, rows, settings and library versions give equal bytes.
 
     Args:
         checkpoint: a directory with `config.json` and safetensors files, bf16, fp16 or fp32, in one
@@ -44,6 +48,7 @@ def quantize_checkpoint(
         out: the directory to write into; made if it is not there.
         settings: the choices.
         progress: told the bytes of every tensor that is done.
+        rows: training rows that `gptq` calibrates with besides the texts, as lists of messages.
 
     Raises:
         CheckpointRefused: the checkpoint is not a float Phi-3 or is damaged.
@@ -51,7 +56,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     if isinstance(settings, GptqSettings) and settings.backend == "optimum":
-        return quantize_with_optimum(checkpoint, out, settings, progress)
+        return quantize_with_optimum(checkpoint, out, settings, progress, rows)
     config = read_config(checkpoint)
     reader = CheckpointReader(checkpoint)
     plan = make_plan(config, reader, settings)
@@ -62,7 +67,7 @@ def quantize_checkpoint(
         progress(f"quantizing ({settings.algorithm})", total) as meter,
     ):
         if isinstance(settings, GptqSettings):
-            bytes_out = quantize_calibrated(checkpoint, reader, plan, settings, writer, meter)
+            bytes_out = quantize_calibrated(checkpoint, reader, plan, settings, writer, meter, rows)
         else:
             bytes_out = _quantize_plain(reader, plan, settings, writer, meter)
     write_config(out, config, plan, settings)

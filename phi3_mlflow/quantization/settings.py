@@ -26,6 +26,8 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 DEFAULT_ALGORITHM = "k_quant_mixed"
 DEFAULT_DAMPING = 0.01
+TRAINED_ROWS = 0.0
+"""Share of the calibration that is training rows, for a fine-tuned checkpoint."""
 
 Algorithm = Literal["rtn", "k_quant", "k_quant_mixed", "gptq"]
 Projection = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -270,6 +272,14 @@ class GptqSettings(MixedPrecisionSettings):
     calibration_length: int = Field(
         default=512, ge=32, le=8192, description="tokens per calibration sequence"
     )
+    calibration_rows: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of calibration_tokens taken from the rows that a fine-tuned checkpoint "
+        "was trained on, the rest from the texts; left out, "
+        f"{TRAINED_ROWS:g} for a fine-tuned checkpoint and 0 for any other",
+    )
     damping: float = Field(
         default=DEFAULT_DAMPING,
         gt=0,
@@ -304,6 +314,12 @@ class GptqSettings(MixedPrecisionSettings):
                 "backend optimum quantizes every layer to symmetric int4: "
                 "leave int8_projections and symmetric out, or choose backend streaming"
             )
+
+    def share_of_rows(self, *, trained: bool) -> float:
+        """The share of the calibration that is training rows, for such a checkpoint."""
+        if self.calibration_rows is not None:
+            return self.calibration_rows
+        return TRAINED_ROWS if trained else 0.0
 
     def is_symmetric(self) -> bool:
         """Whether int4 zero points stay in the middle, the backend's preference applied."""

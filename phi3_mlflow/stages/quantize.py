@@ -5,6 +5,7 @@
 
 Only a few tensors are in memory at any time, whatever the size of the model. The result is still
 in Hugging Face's layout (GPTQ format), and the same checkpoint and settings give the same bytes.
+A fine-tuned checkpoint can be calibrated with the rows that it was trained on, too.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.pipeline.inputs import full_precision
+from phi3_mlflow.pipeline.inputs import full_precision, rows_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from phi3_mlflow.artifacts.cache import StepCache
-    from phi3_mlflow.artifacts.inputs import Folder
+    from phi3_mlflow.artifacts.inputs import Folder, Input
     from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.quantization.calibration import Conversation
 
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """A float checkpoint."""
+    """A float checkpoint, and the rows that it was trained on where they calibrate."""
 
     checkpoint: Folder
+    rows: Input[Path] | None = None
 
 
 class Quantize(Step[QuantizeInputs, NoRecord]):
@@ -54,7 +60,8 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
                 "  mlflow run . -e search\nwhich leaves the best candidate for the steps after it, "
                 "or main, which does so by itself."
             )
-        return QuantizeInputs(full_precision(request, cache))
+        checkpoint = full_precision(request, cache)
+        return QuantizeInputs(checkpoint, calibration_rows(request, checkpoint.value))
 
     def settings(self, request: Request) -> Settings:
         return quantization_values(request.profile.quantization)
@@ -79,15 +86,20 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
             f"  this and the export need {needed.memory / 1e9:.1f} GB of memory and "
             f"{needed.disk / 1e9:.1f} GB of disk; there is enough"
         )
-        report = quantize_checkpoint(checkpoint, work.out, chosen, show_progress)
+        known = read_provenance(checkpoint)
+        rows = _conversations(work.inputs.rows, known["training"]) if work.inputs.rows else []
+        done = dict(work.settings)
+        if isinstance(chosen, GptqSettings) and "training" in known:
+            done["calibration_rows"] = chosen.share_of_rows(trained=True) if rows else 0.0
+        report = quantize_checkpoint(checkpoint, work.out, chosen, show_progress, rows)
         work.metrics.update(numbers(report))
         write_provenance(
             work.out,
-            read_provenance(checkpoint)
+            known
             | {
                 "algorithm": chosen.algorithm,
                 "precision": "int4",
-                "quantization": work.settings,
+                "quantization": done,
                 "quantized_sha256": content_digest(work.out),
             },
         )
@@ -99,6 +111,50 @@ def quantization_values(chosen: QuantizationSettings) -> dict[str, Any]:
     if isinstance(chosen, GptqSettings) and chosen.calibration is not None:
         values["calibration"] = sha256_of_file(chosen.calibration)
     return values
+
+
+def calibration_rows(request: Request, checkpoint: Path) -> Input[Path] | None:
+    """The rows that a checkpoint was trained on, where GPTQ is to calibrate with them.
+
+    Raises:
+        UserError: they are asked for and the checkpoint was trained on none, or on others.
+    """
+    chosen, train = request.profile.quantization, request.profile.train
+    if not isinstance(chosen, GptqSettings):
+        return None
+    training = read_provenance(checkpoint).get("training")
+    if not chosen.share_of_rows(trained=training is not None):
+        return None
+    if training is None or train is None:
+        if chosen.calibration_rows is None:
+            return None
+        missing = f"{checkpoint} was not fine-tuned" if training is None else "it has no train.data"
+        raise UserError(
+            f"quantization.calibration_rows of profile {request.profile.name} is "
+            f"{chosen.calibration_rows:g}, and {missing}: leave it out, or train first"
+        )
+    rows = rows_input("train.data", train.data)
+    wanted = training["rows"]["data"]["sha256"]
+    if rows.digest != wanted:
+        raise UserError(
+            f"train.data: {rows.shown} is no longer what {checkpoint} was trained on (sha256 "
+            f"{wanted}), and quantize calibrates with that: run train again, or set "
+            "quantization.calibration_rows to 0"
+        )
+    return rows
+
+
+def _conversations(rows: Input[Path], training: Mapping[str, Any]) -> list[Conversation]:
+    """The rows that were trained on, and none of those set aside, in an order that is all one."""
+    from phi3_mlflow.training.data import load_training
+
+    settings = training["settings"]
+    share = 0.0 if "validation" in training["rows"] else settings["validation_share"]
+    read = load_training(rows.value, format=settings["format"], validation_share=share)
+    if read.data_sha256 != rows.digest:
+        raise UserError(f"{rows.shown} changed while it was read; run it again when it is written")
+    ordered = sorted(read.train, key=lambda row: row.id)
+    return [[{"role": m.role, "content": m.content} for m in row.messages] for row in ordered]
 
 
 STEP = Quantize()

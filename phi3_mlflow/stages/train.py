@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.artifacts.provenance import (
     ADAPTER_FOLDER,
     content_digest,
@@ -30,16 +29,15 @@ from phi3_mlflow.artifacts.provenance import (
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import Meter, show_progress
-from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input
+from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, rows_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
-from phi3_mlflow.tracking.row_sources import local_rows
-from phi3_mlflow.training.row_files import is_pattern, row_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from phi3_mlflow.artifacts.cache import Entry, StepCache
+    from phi3_mlflow.artifacts.inputs import Folder, Input
     from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.tracking.runs import StepRun
     from phi3_mlflow.training.data import TrainingData
@@ -69,9 +67,9 @@ class Train(Step[TrainInputs, NoRecord]):
 
     def inputs(self, request: Request, cache: StepCache) -> TrainInputs:
         chosen = settings_of(request)
-        data = _rows_input("train.data", chosen.data)
+        data = rows_input("train.data", chosen.data)
         validation = (
-            _rows_input("train.validation", chosen.validation) if chosen.validation else None
+            rows_input("train.validation", chosen.validation) if chosen.validation else None
         )
         checkpoint = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
         return TrainInputs(checkpoint, data, validation)
@@ -202,21 +200,6 @@ def trained_on(facts: Mapping[str, Any]) -> str:
         f"{rows:,} rows, {facts['epochs']:g} epochs of {loss:,} tokens with loss "
         f"({tokens:,} in all), {facts['steps']:,} steps"
     )
-
-
-def _rows_input(key: str, place: Path | str) -> Input[Path]:
-    """Rows, by the hash that `load_training` gives them; of several files, those of all."""
-    try:
-        path = local_rows(place)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-    if not (path.exists() or is_pattern(path)):
-        raise UserError(f"{key}: there is no file {path.absolute()}")
-    try:
-        found = row_files(path)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-    return Input(path, found.digest, str(place), files=found.hashes)
 
 
 def _rows_used(inputs: TrainInputs) -> dict[str, Any]:
