@@ -22,7 +22,7 @@ PYTHON ?=
 SETUP   = python="$$(PYTHON='$(PYTHON)' sh tools/find_python.sh)" && "$$python" tools/setup_venv.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak lint setup setup-dev generate lock clean
+.PHONY: help run retrain test check soak lint setup setup-dev generate lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,10 @@ help:  ## this list
 run: setup  ## the whole pipeline on PROFILE (default smollm2-135m), through `mlflow run`
 	@mlflow run . -e main --env-manager local --experiment-name "$(EXPERIMENT)" \
 		-P profile="$(PROFILE)" $(ARGS)
+
+retrain: setup  ## fine-tune on the rows in examples/tickets/rows, and promote what is better for it
+	@mlflow run . -e main --env-manager local --experiment-name "$(EXPERIMENT)" \
+		-P profile=smollm2-135m-tickets $(ARGS)
 
 test: lint  ## everything: checks, generated files, all tests, what the fast ones cover
 	@python tools/generate.py --check

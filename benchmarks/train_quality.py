@@ -1,7 +1,7 @@
 """What is left of a fine-tune in int4: the task, and everything else, from base to int4.
 
     python benchmarks/train_quality.py BASE TRAINED --work /tmp/quality \\
-        --data examples/tickets/tickets.jsonl --held-out examples/tickets/more_tickets.jsonl
+        --data examples/tickets/rows --held-out examples/tickets/more_tickets.jsonl
 
 BASE is what `fetch` left, TRAINED what `train` made of it with `--data`. The task is measured on
 the rows of the data that were set aside for validation and on all rows of the held-out file: greedy

@@ -276,3 +276,13 @@ def test_a_section_train_without_rows_is_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.rows"):
         load_profile(write(tmp_path, train={"rows": "a.jsonl"}))
     assert load_profile(write(tmp_path, train={"learning_rate": 0.1})).train is None
+
+
+def test_the_tickets_profile_is_the_default_with_rows_to_train_on() -> None:
+    tickets, default = load_profile("smollm2-135m-tickets"), load_profile("smollm2-135m")
+    for key in ("source", "sha256", "quantization", "context_length", "precision", "licence"):
+        assert getattr(tickets, key) == getattr(default, key), key
+    assert default.train is None
+    assert tickets.train is not None
+    assert isinstance(tickets.train.data, Path)
+    assert sorted(file.name for file in tickets.train.data.iterdir()) == ["tickets.jsonl"]

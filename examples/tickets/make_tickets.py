@@ -2,7 +2,7 @@
 
     python examples/tickets/make_tickets.py [FOLDER]
 
-writes tickets.jsonl and more_tickets.jsonl, always the same bytes. A line is a conversation:
+writes rows/tickets.jsonl and more_tickets.jsonl, always the same bytes. A line is a conversation:
 instruction, message, and a JSON object with `team`, `urgency` and `product`.
 """
 
@@ -290,7 +290,8 @@ def main(folder):
     maker = Maker(seed=1)
     first = [maker.ticket(teams[i % 5], FIRST, PRODUCTS) for i in range(300)]
     second = [maker.ticket(teams[i % 5], SECOND, PRODUCTS + MORE_PRODUCTS) for i in range(150)]
-    write(folder / "tickets.jsonl", first)
+    (folder / "rows").mkdir(exist_ok=True)
+    write(folder / "rows" / "tickets.jsonl", first)
     write(folder / "more_tickets.jsonl", second)
 
 

@@ -325,10 +325,10 @@ def test_files_that_came_later_are_left_out(tmp_path: Path, data: str) -> None:
 
 
 def test_rows_of_the_project_are_those_of_the_versions_commit(tmp_path: Path) -> None:
-    data = ROOT / "examples" / "tickets" / "tickets.jsonl"
+    data = ROOT / "examples" / "tickets" / "rows" / "tickets.jsonl"
     recipe = trained_recipe(tmp_path, data=str(data))
-    assert recipe.rows["data"].place == "project:examples/tickets/tickets.jsonl"
-    there = tmp_path / "other" / "examples" / "tickets" / "tickets.jsonl"
+    assert recipe.rows["data"].place == "project:examples/tickets/rows/tickets.jsonl"
+    there = tmp_path / "other" / "examples" / "tickets" / "rows" / "tickets.jsonl"
     there.parent.mkdir(parents=True)
     there.write_bytes(data.read_bytes())
     (tmp_path / "again").mkdir()

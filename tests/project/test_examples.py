@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from phi3_mlflow.config.loading import load_profile
+
 CRON_RANGES = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 QUANTITY = re.compile(r"[1-9][0-9]*(m|Ki|Mi|Gi|Ti)?")
@@ -70,6 +72,12 @@ def check_mlflow_run(words: list[str], main_parameters: set[str]) -> dict[str, s
     return given
 
 
+def check_retrains(given: dict[str, str]) -> None:
+    """The parameters name a profile that trains, and a folder that outlives the run."""
+    assert load_profile(given["profile"]).train is not None
+    assert given["data"].startswith("/")
+
+
 @pytest.mark.parametrize(
     "wrong", ["60 * * * *", "* 24 * * *", "* * 0 * *", "5-1 * * * *", "* * * *", "*/0 * * * *", "x"]
 )
@@ -103,6 +111,7 @@ def test_crontab(examples, main_parameters):
     assert [w for w in words[1:start] if not w.startswith("-")][-1].endswith(".lock")
     given = check_mlflow_run(words[start:], main_parameters)
     assert given["quiet"] == "true"
+    check_retrains(given)
     assert {w[1:] for w in words if re.fullmatch(r"\$[A-Z]+", w)} <= set(settings)
 
 
@@ -120,6 +129,8 @@ def test_systemd_units(examples, main_parameters):
     assert service["Service"]["Type"] == "oneshot"
     given = check_mlflow_run(shlex.split(service["Service"]["ExecStart"]), main_parameters)
     assert given["quiet"] == "true"
+    check_retrains(given)
+    assert service["Service"]["ReadOnlyPaths"] == given["data"]
     assert set(timer.sections()) == {"Unit", "Timer", "Install"}
     assert timer["Timer"]["OnCalendar"]
     assert timer["Install"]["WantedBy"] == "timers.target"
@@ -172,7 +183,11 @@ def test_github_workflow(examples, main_parameters):
             assert subprocess.run(["bash", "-n", "-c", step["run"]]).returncode == 0
             commands.append(shlex.split(step["run"]))
     install, run = commands
-    check_mlflow_run(run, main_parameters)
+    given = check_mlflow_run(run, main_parameters)
+    assert triggers["push"]["paths"] == ["rows/**"]
+    assert given["data"] == "$GITHUB_WORKSPACE/rows"
+    check_retrains({"profile": triggers["workflow_dispatch"]["inputs"]["profile"]["default"],
+                    "data": "/rows"})  # fmt: skip
     assert install[:4] == ["python", "-m", "pip", "install"]
 
 
@@ -227,9 +242,12 @@ def test_kubernetes_cronjob(examples, main_parameters):
     assert container["image"].partition(":")[2] not in ("", "latest")
     words = container["command"] + container["args"]
     assert all(isinstance(word, str) for word in words)
-    check_mlflow_run(words, main_parameters)
-    (volume,) = pod["volumes"]
-    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    given = check_mlflow_run(words, main_parameters)
+    check_retrains(given)
+    cache, rows = pod["volumes"]
+    assert cache["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (mount,) = (m for m in container["volumeMounts"] if m["name"] == rows["name"])
+    assert (mount["mountPath"], mount["readOnly"]) == (given["data"], True)
 
 
 def test_kubernetes_project_is_main_in_an_image(examples, root):
@@ -320,7 +338,9 @@ def test_databricks_reads_the_job(examples, root, main_parameters):
     url, version, _, *given = task.spark_python_task.parameters or []
     assert job.git_source is not None
     assert (url, version) == (job.git_source.git_url, job.git_source.git_tag)
-    assert {text.partition("=")[0] for text in given} <= main_parameters
+    values = dict(text.split("=", 1) for text in given)
+    assert set(values) <= main_parameters
+    check_retrains(values)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_the_wheel_holds_the_package_with_its_profiles_and_data_and_nothing_else
         ("phi3_mlflow", ""),
         ("configs", "phi3_mlflow/"),
         ("data", "phi3_mlflow/"),
+        ("examples/tickets/rows", "phi3_mlflow/"),
     ):
         expected |= {
             inside + path.relative_to(root).as_posix()

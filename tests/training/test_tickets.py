@@ -16,7 +16,7 @@ from phi3_mlflow.training.data import load_training
 from phi3_mlflow.training.overlap import find_overlaps, texts_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "tickets"
-FILES = {"tickets.jsonl": 300, "more_tickets.jsonl": 150}
+FILES = {"rows/tickets.jsonl": 300, "more_tickets.jsonl": 150}
 
 
 def rows(name: str) -> tuple[Conversation, ...]:
@@ -66,7 +66,7 @@ def test_no_message_is_nearly_another() -> None:
 
 
 def test_some_rows_are_set_aside() -> None:
-    data = load_training(FOLDER / "tickets.jsonl")
+    data = load_training(FOLDER / "rows" / "tickets.jsonl")
     assert 25 <= len(data.validation) <= 40
     assert data.format == "messages"
     assert data.ignored == ()
