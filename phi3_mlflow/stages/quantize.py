@@ -87,7 +87,7 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
             f"{needed.disk / 1e9:.1f} GB of disk; there is enough"
         )
         known = read_provenance(checkpoint)
-        rows = _conversations(work.inputs.rows, known["training"]) if work.inputs.rows else []
+        rows = conversations(work.inputs.rows, known["training"]) if work.inputs.rows else []
         done = dict(work.settings)
         if isinstance(chosen, GptqSettings) and "training" in known:
             done["calibration_rows"] = chosen.share_of_rows(trained=True) if rows else 0.0
@@ -144,7 +144,7 @@ def calibration_rows(request: Request, checkpoint: Path) -> Input[Path] | None:
     return rows
 
 
-def _conversations(rows: Input[Path], training: Mapping[str, Any]) -> list[Conversation]:
+def conversations(rows: Input[Path], training: Mapping[str, Any]) -> list[Conversation]:
     """The rows that were trained on, and none of those set aside, in an order that is all one."""
     from phi3_mlflow.training.data import load_training
 

@@ -11,6 +11,8 @@ from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 from tests.steps.test_train_step import SETTINGS, write_rows
 
+MIXED = {"algorithm": "gptq", "calibration_tokens": 1024, "calibration_length": 64,
+         "calibration_rows": 0.5}  # fmt: skip
 STEPS = ("fetch", "train", "quantize", "export", "log", "register")
 
 
@@ -20,7 +22,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
     place = Workspace(tmp_path_factory.mktemp("again"))
     (place.folder / "rows").mkdir()
     write_rows(place.folder / "rows" / "tickets.jsonl", 0, 40)
-    profile = write_profile(place.folder, train={"data": "rows", **SETTINGS})
+    profile = write_profile(place.folder, train={"data": "rows", **SETTINGS}, quantization=MIXED)
     for step in STEPS:
         done = place.step(step, "--profile", str(profile))
         assert done.returncode == 0, done.stdout + done.stderr
