@@ -38,6 +38,7 @@ def quantize_with_optimum(
     out: Path,
     settings: GptqSettings,
     progress: Progress = no_progress,
+    *,
     rows: Sequence[Conversation] = (),
 ) -> QuantizationReport:
     """The same as `quantize_checkpoint`, by optimum.

@@ -35,6 +35,7 @@ def quantize_checkpoint(
     out: Path,
     settings: QuantizationSettings,
     progress: Progress = no_progress,
+    *,
     rows: Sequence[Conversation] = (),
 ) -> QuantizationReport:
     """Write the quantized checkpoint of a float Phi-3 checkpoint.
@@ -56,7 +57,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     if isinstance(settings, GptqSettings) and settings.backend == "optimum":
-        return quantize_with_optimum(checkpoint, out, settings, progress, rows)
+        return quantize_with_optimum(checkpoint, out, settings, progress, rows=rows)
     config = read_config(checkpoint)
     reader = CheckpointReader(checkpoint)
     plan = make_plan(config, reader, settings)

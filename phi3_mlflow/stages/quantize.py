@@ -91,7 +91,7 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         done = dict(work.settings)
         if isinstance(chosen, GptqSettings) and "training" in known:
             done["calibration_rows"] = chosen.share_of_rows(trained=True) if rows else 0.0
-        report = quantize_checkpoint(checkpoint, work.out, chosen, show_progress, rows)
+        report = quantize_checkpoint(checkpoint, work.out, chosen, show_progress, rows=rows)
         work.metrics.update(numbers(report))
         write_provenance(
             work.out,
