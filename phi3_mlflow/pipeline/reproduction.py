@@ -153,16 +153,17 @@ def find_rows(recipe: Recipe, code: Code, folder: Path, data: Path | None) -> di
     """
     found, problems = {}, []
     for key, rows in recipe.rows.items():
-        was = _place(rows.place, code)
-        places = [was] if data is None or key != "data" else [data]
-        if data is not None and key != "data" and was is not None:
-            places.append(data.parent / was.name)
-        known = [place for place in places if place is not None]
-        usable = (_with_hashes(place, rows, folder / "rows" / key) for place in known)
+        if data is not None and key == "data":
+            places = [data]
+        else:
+            places = _places(rows.place, code)
+            if data is not None and places:
+                places.append(data.parent / places[0].name)
+        usable = (_with_hashes(place, rows, folder / "rows" / key) for place in places)
         if place := next(filter(None, usable), None):
             found[key] = place
         else:
-            problems.append(_missing(key, rows, known))
+            problems.append(_missing(key, rows, places))
     if problems:
         raise UserError(
             problem_list(
@@ -175,14 +176,17 @@ def find_rows(recipe: Recipe, code: Code, folder: Path, data: Path | None) -> di
     return found
 
 
-def _place(named: str | None, code: Code) -> Path | None:
-    """The file or folder that a version names for its rows, where it can be had."""
-    if named is None or not is_uri(named):
-        return None if named is None else in_project(named, code.root)
-    try:
-        return local_rows(named)
-    except UserError:  # all that is missing is told together
-        return None
+def _places(named: str | None, code: Code) -> list[Path]:
+    """Where what a version names for its rows may be had."""
+    if named is None:
+        return []
+    if is_uri(named):
+        try:
+            return [local_rows(named)]
+        except UserError:  # all that is missing is told together
+            return []
+    # Files that were added to the project's own rows are in the checkout alone.
+    return list(dict.fromkeys((in_project(named, code.root), in_project(named, None))))
 
 
 def _with_hashes(place: Path, rows: Rows, folder: Path) -> Path | None:

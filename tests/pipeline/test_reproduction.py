@@ -334,6 +334,9 @@ def test_rows_of_the_project_are_those_of_the_versions_commit(tmp_path: Path) ->
     (tmp_path / "again").mkdir()
     file = write_profile(recipe, Code(tmp_path / "other", COMMIT), tmp_path / "again")
     assert load_profile(str(file)).train.data == there
+    there.unlink()  # the commit has no such file: it was added to the checkout later
+    file = write_profile(recipe, Code(tmp_path / "other", COMMIT), tmp_path / "again")
+    assert load_profile(str(file)).train.data == data
 
 
 def test_a_fine_tuned_artifact_of_before_has_no_recipe(tmp_path: Path) -> None:
