@@ -19,7 +19,8 @@ from phi3_mlflow.artifacts.provenance import TRAINING_FILES
 from phi3_mlflow.checkpoints.validate import validate_checkpoint
 from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, UserError
-from phi3_mlflow.stages.train import TrainInputs, _load, _require_processes, _rows_input
+from phi3_mlflow.pipeline.inputs import rows_input
+from phi3_mlflow.stages.train import TrainInputs, _load, _require_processes
 from phi3_mlflow.tracking import registry
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
@@ -338,7 +339,7 @@ def test_several_processes_make_one_run(tmp_path, monkeypatch) -> None:
 def work_on(folder: Path, rows: Path) -> Any:
     """As much of a step's work as reads rows."""
     profile = load_profile(str(write_profile(folder, train={"data": str(rows)})))
-    inputs = TrainInputs(None, _rows_input("train.data", rows), None)
+    inputs = TrainInputs(None, rows_input("train.data", rows), None)
     return SimpleNamespace(request=SimpleNamespace(profile=profile), inputs=inputs)
 
 
