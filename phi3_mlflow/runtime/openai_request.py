@@ -17,6 +17,8 @@ UNSUPPORTED = (
     "functions", "function_call", "logit_bias", "audio", "modalities", "prediction",
     "web_search_options",
 )  # fmt: skip
+MAX_PROMPTS = 128
+"""Texts in one request, as many as choices of one prompt."""
 _NOTHING: tuple[Any, ...] = (None, [], {}, ["text"])
 
 
@@ -30,12 +32,14 @@ def chat_row(content: Mapping[str, Any]) -> dict[str, Any]:
         RequestError: naming every field that is not supported.
     """
     row, problems = dict(content), _unsupported(content, UNSUPPORTED)
-    row["messages"] = _plain_messages(row.get("messages"))
+    row["messages"] = plain_messages(row.get("messages"))
     limit = row.pop("max_completion_tokens", None)
     if limit is not None:
         if row.get("max_tokens") is not None:
             problems.append("max_completion_tokens: give it or max_tokens, not both")
         row["max_tokens"] = limit
+    if row.get("tool_choice") == "none":  # what the client says that the model is not to use
+        row.pop("tools", None)
     if row.get("tool_choice") in ("none", "auto"):
         del row["tool_choice"]
     if problems:
@@ -43,8 +47,32 @@ def chat_row(content: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
+def completion_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Write a request of `/v1/completions` as rows of the prompt contract, one for each prompt.
+
+    Args:
+        content: the fields of the request.
+
+    Raises:
+        RequestError: naming every field that is not supported.
+    """
+    prompts = content.get("prompt")
+    if not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
+        return [completion_row(content)]
+    if not prompts:
+        raise RequestError(["prompt: the list is empty; at least one text is needed"])
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError([f"prompt: {len(prompts)} texts, at most {MAX_PROMPTS} are taken"])
+    choices = content.get("n")
+    if isinstance(choices, int) and choices * len(prompts) > MAX_PROMPTS:
+        raise RequestError(
+            [f"n: {choices} for each of {len(prompts)} prompts, at most {MAX_PROMPTS} in all"]
+        )
+    return [completion_row({**content, "prompt": prompt}) for prompt in prompts]
+
+
 def completion_row(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a request of `/v1/completions` as a row of the prompt contract.
+    """Write a request of `/v1/completions` with one prompt as a row of the prompt contract.
 
     The prompt is literal: control tokens in it are what they are.
 
@@ -62,7 +90,7 @@ def completion_row(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
         row["prompt"] = prompt[0]
     elif isinstance(prompt, list):
-        problems.append("prompt: one text is needed; lists of texts or tokens are not taken")
+        problems.append("prompt: a text or a list of texts is needed; tokens are not taken")
     if problems:
         raise RequestError(problems)
     top = row.pop("logprobs", None)
@@ -79,7 +107,7 @@ def _refusal(name: str) -> str:
     return f"{name}: not supported by this model; leave the field out"
 
 
-def _plain_messages(messages: Any) -> Any:
+def plain_messages(messages: Any) -> Any:
     """Text parts as one text, and the role `developer` as `system`."""
     if not isinstance(messages, list):
         return messages

@@ -102,14 +102,18 @@ class ChatPythonModel(PythonModel):
             raise RequestError(["request: there is none in the input"])
         parsed: list[GenerationRequest] = []
         problems: list[str] = []
+        more = 0
         for index, row in enumerate(found):
             try:
                 parsed.append(parse({**row, **given}, defaults, answerer.engine.context))
             except RequestError as error:
                 where = f"row {index}: " if len(found) > 1 else ""
-                problems.extend(where + problem for problem in error.problems)
+                if len(problems) < request.MOST_PROBLEMS:
+                    problems.extend(where + problem for problem in error.problems)
+                else:
+                    more += error.count
         if problems:
-            raise RequestError(problems)
+            raise RequestError(problems, more)
         return parsed
 
     def live(self) -> Live:

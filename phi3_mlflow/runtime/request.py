@@ -21,20 +21,33 @@ ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 2.0
 MAX_CHOICES = 128
 MAX_SEED = 2**63 - 1
+MOST_PROBLEMS = 20
+"""That are told of one request: an answer should not be larger than the question."""
+MOST_CHARACTERS = 500
+"""Of each of them."""
 # Runs of 64 spaces are a token in some vocabularies, and nothing longer is common: a text with more
 # characters than this for every token of the context is refused before it is tokenized.
 CHARACTERS_PER_TOKEN = 128
 
 
 class RequestError(MlflowException):
-    """A request that is not answered: every problem found, each starting with its field.
+    """A request that is not answered: the first problems found, each starting with its field.
 
     MLflow's server answers it with status 400 and the message.
+
+    Args:
+        problems: what is wrong, one sentence each; the first `MOST_PROBLEMS` are told.
+        more: how many were found besides.
     """
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems), error_code=INVALID_PARAMETER_VALUE)
-        self.problems = list(problems)
+    def __init__(self, problems: Sequence[str], more: int = 0) -> None:
+        told = [problem[:MOST_CHARACTERS] for problem in problems[:MOST_PROBLEMS]]
+        more += len(problems) - len(told)
+        if more:
+            told.append(f"and {more} more problems")
+        super().__init__("; ".join(told), error_code=INVALID_PARAMETER_VALUE)
+        self.problems = told
+        self.count = len(told) - bool(more) + more
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ def parse_chat(
         RequestError: naming every field that is wrong.
     """
     fields = RequestFields(row)
-    messages = _messages(row, fields.problems)
+    messages = _messages(row, context, fields.problems)
     _fits_roughly([message["content"] for message in messages], "messages", context, fields)
     fields.unsupported()
     return _request(fields, defaults, context, messages=messages, prompt=None)
@@ -195,7 +208,7 @@ def _seed(fields: RequestFields) -> int:
     custom = fields.row.get("custom_inputs")
     if custom is not None and not isinstance(custom, Mapping):
         fields.problems.append(f"custom_inputs: expected an object, found {kind_of(custom)}")
-    elif custom and "seed" in custom and "seed" not in fields.row:
+    elif custom and custom.get("seed") is not None and "seed" not in fields.row:
         value = RequestFields({"custom_inputs.seed": custom["seed"]})
         seed = value.whole("custom_inputs.seed", None, 0, MAX_SEED)
         fields.problems.extend(value.problems)
@@ -204,13 +217,18 @@ def _seed(fields: RequestFields) -> int:
     return secrets.randbits(63) if seed is None else seed
 
 
-def _messages(row: Mapping[str, Any], problems: list[str]) -> list[dict[str, str]]:
+def _messages(row: Mapping[str, Any], context: int, problems: list[str]) -> list[dict[str, str]]:
     messages = row.get("messages")
     if not isinstance(messages, list):
         problems.append(f"messages: expected a list of messages, found {kind_of(messages)}")
         return []
     if not messages:
         problems.append("messages: the list is empty; at least one message is needed")
+    if len(messages) > context:  # each takes a token at least; nobody reads on
+        problems.append(
+            f"messages: {len(messages)} of them cannot fit a context of {context} tokens"
+        )
+        return []
     checked = []
     for index, message in enumerate(messages):
         found = list(_message_problems(f"messages[{index}]", message))
@@ -230,11 +248,26 @@ def _message_problems(where: str, message: Any) -> Iterator[str]:
     content = message.get("content")
     if isinstance(content, str):
         yield from text_problems(f"{where}.content", content)
+    elif isinstance(content, list):
+        yield from _part_problems(f"{where}.content", content)
     else:
         yield f"{where}.content: expected a text, found {kind_of(content)}"
     for name in ("refusal", "tool_calls", "tool_call_id"):
         if message.get(name):
             yield f"{where}.{name}: not supported by this model; leave the field out"
+
+
+def _part_problems(where: str, parts: list[Any]) -> Iterator[str]:
+    """What is wrong with a content of parts, all of which would have to be texts."""
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
+    for index, kind in enumerate(kinds):
+        if isinstance(kind, str) and kind != "text":
+            yield (
+                f"{where}: expected a text, found a part of type {shown(kind)} at [{index}]; this "
+                "model takes text only"
+            )
+            return
+    yield f"{where}: expected a text, found {kind_of(parts)}"
 
 
 def _fits_roughly(texts: list[str], field: str, context: int, fields: RequestFields) -> None:

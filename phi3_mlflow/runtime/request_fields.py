@@ -7,13 +7,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1000
 
 
 class RequestFields:
-    """The fields of one request, read with checks; problems are collected, not raised."""
+    """The fields of one request, read with checks; problems are collected, not raised.
+
+    A field that is null is one that is not given.
+    """
 
     def __init__(self, row: Mapping[str, Any]) -> None:
-        self.row = row
+        self.row = {name: value for name, value in row.items() if value is not None}
         self.problems: list[str] = []
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
@@ -54,9 +59,16 @@ class RequestFields:
                 f"stop: expected a text or a list of texts, found {kind_of(value)}"
             )
             return ()
+        if len(value) > MAX_STOPS:
+            self.problems.append(f"stop: {len(value)} texts, at most {MAX_STOPS} are taken")
+            return ()
         for index, text in enumerate(value):
             if not isinstance(text, str) or not text:
                 self.problems.append(f"stop[{index}]: expected a text of at least one character")
+            elif len(text) > MAX_STOP_CHARACTERS:
+                self.problems.append(
+                    f"stop[{index}]: {len(text)} characters, {MAX_STOP_CHARACTERS} are taken"
+                )
         return tuple(text for text in value if isinstance(text, str) and text)
 
     def top_logprobs(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.rows.strict_json import read_json
+from phi3_mlflow.runtime.openai_request import plain_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,7 +97,8 @@ def _messages(value: Any) -> list[dict[str, str]]:
             raise ValueError(f"messages: cannot be read as JSON: {error}") from None
     if not isinstance(value, list):
         raise ValueError(f"messages: expected a list of messages, found {shown(value)}")
-    for at, message in enumerate(value):
+    messages: list[dict[str, str]] = plain_messages(value)  # as the server takes them
+    for at, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(
                 f"messages[{at}]: expected an object with role and content, found {shown(message)}"
@@ -107,9 +109,10 @@ def _messages(value: Any) -> list[dict[str, str]]:
                     f"messages[{at}].{name}: expected a text, found {shown(message.get(name))}"
                 )
             _check_characters(f"messages[{at}].{name}", message[name])
-        if extra := sorted(set(message) - {"role", "content", "name"}):
+        given = {name for name, part in message.items() if part not in (None, [], "")}
+        if extra := sorted(given - {"role", "content", "name"}):
             raise ValueError(f"messages[{at}]: unknown fields: {shown(extra)}")
-    return value
+    return messages
 
 
 def _check_characters(where: str, text: str) -> None:

@@ -21,6 +21,9 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+_MOST_PROBLEMS, _MOST_CHARACTERS = 20, 500
+"""What is told of one request: an answer should not be larger than the question."""
+
 
 class ApiError(Exception):
     """A request that is answered with an error.
@@ -79,7 +82,11 @@ def bad_request(problems: Sequence[str]) -> ApiError:
     """Status 400 for problems that each start with the name of a field and a colon."""
     first = re.match(r"([A-Za-z_][\w.\[\]]*):", problems[0]) if problems else None
     param = first[1] if first else None
-    text = "; ".join(problems)
+    # A model logged by an earlier version tells as many as there are.
+    told = [problem[:_MOST_CHARACTERS] for problem in problems[: _MOST_PROBLEMS + 1]]
+    if (more := len(problems) - _MOST_PROBLEMS) > 1:
+        told[_MOST_PROBLEMS:] = [f"and {more} more problems"]
+    text = "; ".join(told)
     too_long = "beyond the context" in text or "leave no room" in text
     return ApiError(400, text, "context_length_exceeded" if too_long else "invalid_value", param)
 

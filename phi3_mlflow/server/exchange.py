@@ -235,28 +235,32 @@ class Exchange:
         metrics.tokens.labels("completion", stats.version).inc(stats.tokens)
         self._done(stats)
 
-    def answer_with(self, wanted: Any) -> Callable[[Callable[[Any], None]], None]:
-        """Return the work of answering a parsed request: hands over a reply, then its parts."""
+    def answer_with(self, *wanted: Any) -> Callable[[Callable[[Any], None]], None]:
+        """Return the work of answering parsed requests: hands over replies, each with its parts."""
 
         def work(hand_over: Callable[[Any], None]) -> None:
-            reply: BackendReply = self._loaded.backend.begin(wanted)
-            hand_over(reply)
-            parts = reply.parts()
-            try:
-                for part in parts:
-                    self._count(reply, part)
-                    self.said.append(part.text)
-                    hand_over(part)
-            finally:
-                close = getattr(parts, "close", None)
-                if close is not None:
-                    close()
-                self.stats.prompt_tokens = reply.prompt_tokens
-                self.stats.tokens = reply.tokens
+            for one in wanted:
+                self._answer(one, hand_over)
 
         return work
 
-    def _count(self, reply: BackendReply, part: BackendPart) -> None:
+    def _answer(self, wanted: Any, hand_over: Callable[[Any], None]) -> None:
+        reply: BackendReply = self._loaded.backend.begin(wanted)
+        hand_over(reply)
+        parts = reply.parts()
+        try:
+            for part in parts:
+                self._count(part)
+                self.said.append(part.text)
+                hand_over(part)
+        finally:
+            close = getattr(parts, "close", None)
+            if close is not None:
+                close()
+            self.stats.prompt_tokens += reply.prompt_tokens
+            self.stats.tokens += reply.tokens
+
+    def _count(self, part: BackendPart) -> None:
         now = time.perf_counter() - self._began
         if self.stats.first_s is None and part.tokens:
             self.stats.first_s = now

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
 
 log = logging.getLogger("phi3_mlflow.server")
-_REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))")
 _RETRY_S = 60.0  # a version that could not be loaded is tried again after so long
 
 
@@ -78,6 +78,8 @@ def resolve(uri: str, client: MlflowClient | None = None) -> Target:
     try:
         if alias is not None:
             version = str(client.get_model_version_by_alias(name, alias).version)
+        elif version == "latest":
+            version = _latest(name, client)
         else:
             client.get_model_version(name, version)
     except MlflowException as error:
@@ -90,6 +92,18 @@ def resolve(uri: str, client: MlflowClient | None = None) -> Target:
             ) from None
         raise
     return Target(name, version, f"models:/{name}/{version}")
+
+
+def _latest(name: str, client: MlflowClient) -> str:
+    """The highest version of a registered model.
+
+    Raises:
+        UserError: it has none.
+    """
+    numbers = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+    if not numbers:
+        raise UserError(f"model_uri: models:/{name}/latest: the registry has no version of {name}")
+    return str(max(numbers))
 
 
 def load(target: Target, batch: int = 1) -> Loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from phi3_mlflow.server.context import ServerContext
 
 _KINDS = ("application/json", "text/csv")
+MOST_ROWS = 1000
+"""In one request."""
+_MOST_CHARACTERS = 10_000
+"""Of what a client is told is wrong."""
 
 
 def router(context: ServerContext) -> APIRouter:
@@ -86,6 +91,7 @@ def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import scoring_server
 
+    _refuse_many_rows(body, kind)
     heard = _Listening(model)
     server: Any = scoring_server  # untyped, and so is what it raises
     metadata: Any = model.metadata
@@ -98,10 +104,47 @@ def _predict(model: PyFuncModel, body: bytes, kind: str) -> str:
         status = int(error.get_http_status_code())
         if status >= 500:
             raise
-        raise ApiError(status, heard.message or error.message, "invalid_value") from None
+        message = str(heard.message or error.message)
+        raise ApiError(status, message[:_MOST_CHARACTERS], "invalid_value") from None
     if done.status != 200:
         raise ApiError(done.status, str(done.response), "unsupported_media_type")
     return str(done.response)
+
+
+def _refuse_many_rows(body: bytes, kind: str) -> None:
+    """Refuse more rows than are worth a request, before MLflow takes seconds to look at them.
+
+    Raises:
+        ApiError: there are more than `MOST_ROWS`.
+    """
+    if kind.partition(";")[0].strip().lower() == "text/csv":
+        rows = body.count(b"\n")
+    else:
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            return  # MLflow says what is wrong with it
+        rows = max((_length(value) for value in _tables(content)), default=0)
+    if rows > MOST_ROWS:
+        raise ApiError(
+            413, f"{rows} rows; at most {MOST_ROWS} are taken at once (files of rows: -e score)",
+            "too_many_rows",
+        )  # fmt: skip
+
+
+def _tables(content: Any) -> list[Any]:
+    """What may hold rows in MLflow's formats of a request."""
+    if not isinstance(content, dict):
+        return [content]
+    found = [content.get(name) for name in ("dataframe_records", "instances", "inputs")]
+    split = content.get("dataframe_split")
+    return [*found, split.get("data") if isinstance(split, dict) else None]
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, dict):  # columns
+        return max((_length(item) for item in value.values()), default=0)
+    return len(value) if isinstance(value, list) else 0
 
 
 class _Listening:

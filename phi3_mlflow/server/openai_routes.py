@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from phi3_mlflow.runtime.answer import AnswerBuilder, Choice, TokenLogprob
-from phi3_mlflow.runtime.openai_request import chat_row, completion_row
+from phi3_mlflow.runtime.openai_request import chat_row, completion_rows
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange, RequestStats
 from phi3_mlflow.server.guard import json_only, log_failure, read_body
@@ -42,16 +42,35 @@ def router(context: ServerContext) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> Response:
         loaded = context.holder.current
-        model = {
-            "id": loaded.name,
-            "object": "model",
-            "created": int(loaded.since),
-            "owned_by": "phi3-mlflow",
-            "version": loaded.version,
-        }
-        return JSONResponse({"object": "list", "data": [model]}, headers=version_of(loaded))
+        data = {"object": "list", "data": [_described(loaded)]}
+        return JSONResponse(data, headers=version_of(loaded))
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        loaded = context.holder.current
+        _check_name(context, loaded, name)
+        return JSONResponse(_described(loaded), headers=version_of(loaded))
 
     return routes
+
+
+def _described(loaded: Loaded) -> dict[str, Any]:
+    return {
+        "id": loaded.name,
+        "object": "model",
+        "created": int(loaded.since),
+        "owned_by": "phi3-mlflow",
+        "version": loaded.version,
+    }
+
+
+def _check_name(context: ServerContext, loaded: Loaded, name: str) -> None:
+    """Raise ApiError unless the model that is served goes by a name."""
+    if name not in (loaded.name, loaded.target.uri, context.uri):
+        raise ApiError(
+            404, f"there is no model of that name here; this is {loaded.name}", "model_not_found",
+            "model",
+        )  # fmt: skip
 
 
 def version_of(loaded: Loaded) -> dict[str, str]:
@@ -65,13 +84,10 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
     # Reading a megabyte of JSON takes long enough to be felt by others' streams.
     asked = await asyncio.to_thread(read_envelope, body)
     loaded = context.holder.current
-    if asked.model is not None and asked.model not in (loaded.name, loaded.target.uri, context.uri):
-        raise ApiError(
-            404, f"there is no model of that name here; this is {loaded.name}", "model_not_found",
-            "model",
-        )  # fmt: skip
-    row = (chat_row if kind == "chat" else completion_row)(asked.content())
-    wanted = loaded.backend.parse(row, "chat" if kind == "chat" else "prompt")
+    if asked.model is not None:
+        _check_name(context, loaded, asked.model)
+    content = asked.content()
+    row, wanted = await asyncio.to_thread(_read, loaded, content, kind)
 
     def done(stats: RequestStats) -> None:
         if stats.outcome == "rejected":  # a full queue is no time to write traces
@@ -80,7 +96,7 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
 
     exchange = Exchange(context.queue, request, loaded, done)
     try:
-        await exchange.begin(exchange.answer_with(wanted))
+        await exchange.begin(exchange.answer_with(*wanted))
         results = exchange.results()
         reply = await anext(results)  # or the error of a prompt that does not fit
         answer = AnswerBuilder(loaded.name, kind, openai=True, logprobs=bool(row.get("logprobs")))
@@ -99,43 +115,74 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
     return JSONResponse(whole, headers=version_of(loaded))
 
 
+def _read(loaded: Loaded, content: dict[str, Any], kind: Kind) -> tuple[dict[str, Any], list[Any]]:
+    """Check a request, outside of the event loop: others' streams go on meanwhile.
+
+    Returns:
+        The request as the model takes it, the first of several; and all of them, checked.
+    """
+    if kind == "chat":
+        row = chat_row(content)
+        return row, [loaded.backend.parse(row, "chat")]
+    rows = completion_rows(content)
+    return rows[0], [loaded.backend.parse(row, "prompt") for row in rows]
+
+
 async def _whole(
-    results: AsyncIterator[BackendPart], reply: BackendReply, answer: AnswerBuilder
+    results: AsyncIterator[BackendPart | BackendReply], reply: BackendReply, answer: AnswerBuilder
 ) -> dict[str, Any]:
     choices: list[Choice] = []
     texts: list[str] = []
     logprobs: list[TokenLogprob] = []
+    prompt_tokens = reply.prompt_tokens
     async for part in results:
+        if not _is_part(part):
+            prompt_tokens += cast("BackendReply", part).prompt_tokens
+            continue
         texts.append(part.text)
         logprobs += part.logprobs
         if part.finish_reason:
             choices.append(Choice("".join(texts), part.tokens, part.finish_reason, logprobs))
             texts, logprobs = [], []
-    return answer.whole(choices, reply.prompt_tokens)
+    return answer.whole(choices, prompt_tokens)
+
+
+def _is_part(result: BackendPart | BackendReply) -> TypeGuard[BackendPart]:
+    """Whether it is a piece of an answer, not the beginning of the next prompt's."""
+    return hasattr(result, "finish_reason")
 
 
 async def _events(
     context: ServerContext,
     exchange: Exchange,
-    results: AsyncIterator[BackendPart],
+    results: AsyncIterator[BackendPart | BackendReply],
     reply: BackendReply,
     answer: AnswerBuilder,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events."""
-    begun = -1
+    begun, first_choice = -1, 0
+    replies = [reply]
     try:
         async for part in results:
-            if part.index > begun:
-                begun = part.index
-                if first := answer.begin(part.index):
+            if not _is_part(part):
+                replies.append(cast("BackendReply", part))
+                first_choice = begun + 1
+                continue
+            index = first_choice + part.index
+            if index > begun:
+                begun = index
+                if first := answer.begin(index):
                     yield _event(first)
             if part.finish_reason:
-                yield _event(answer.end(part.index, part.finish_reason, part.logprobs))
+                yield _event(answer.end(index, part.finish_reason, part.logprobs))
             else:
-                yield _event(answer.piece(part.index, part.text, part.logprobs))
+                yield _event(answer.piece(index, part.text, part.logprobs))
         if with_usage:
-            yield _event(answer.usage(reply.prompt_tokens, reply.tokens))
+            asked, made = (
+                sum(getattr(one, name) for one in replies) for name in ("prompt_tokens", "tokens")
+            )
+            yield _event(answer.usage(asked, made))
         yield b"data: [DONE]\n\n"
     except ClientLeft:
         return

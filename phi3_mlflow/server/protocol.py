@@ -19,7 +19,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Envelope(BaseModel):
@@ -39,7 +39,7 @@ class Envelope(BaseModel):
     @property
     def with_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def content(self) -> dict[str, Any]:
         """Return the fields that concern the model.

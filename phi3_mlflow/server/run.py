@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from phi3_mlflow.core.errors import EnvironmentProblem
+from phi3_mlflow.server.connections import LimitedConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def run(app: FastAPI, settings: ServerSettings, ready: Callable[[str], None]) ->
     logging_to_stderr()
     config = uvicorn.Config(
         app,
+        http=LimitedConnection,
         log_config=None,
         log_level="warning",
         access_log=False,

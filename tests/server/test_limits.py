@@ -218,3 +218,42 @@ def test_many_clients_at_once_are_all_answered() -> None:
             assert list(pool.map(ask, range(24))) == ["Some words for everyone."] * 24
         wait_for(lambda: up.context.queue.admission.running == 0)
         assert not up.context.queue.open
+
+
+def test_an_answer_is_not_larger_than_the_question() -> None:
+    with scripted("abc") as up:
+        http = up.http()
+        wrong: list[dict[str, Any]] = [
+            {"messages": [{}] * 190},
+            {"messages": [{"role": "user"}] * 40_000},
+            {"messages": HELLO, "stop": ["x"] * 100_000},
+            {"messages": HELLO, "stop": [""] * 60},
+        ]
+        for body in wrong:
+            answer = http.post(CHAT, json=body)
+            assert answer.status_code == 400
+            assert len(answer.content) < 12_000
+        told = http.post(CHAT, json=wrong[0]).json()["error"]["message"]
+        assert "messages[0].role" in told
+        assert told.endswith("and 360 more problems")
+        assert "messages: 40000 of them cannot fit" in http.post(CHAT, json=wrong[1]).text
+
+
+def test_more_rows_than_are_worth_a_request_are_refused_before_they_are_read() -> None:
+    from phi3_mlflow.server.errors import ApiError
+    from phi3_mlflow.server.mlflow_routes import MOST_ROWS, _refuse_many_rows
+
+    rows = [{"messages": HELLO}]
+    many: list[Any] = [
+        {"dataframe_records": rows * (MOST_ROWS + 1)},
+        {"dataframe_split": {"columns": ["messages"], "data": [[1]] * (MOST_ROWS + 1)}},
+        {"inputs": {"messages": rows * (MOST_ROWS + 1)}},
+        {"instances": rows * (MOST_ROWS + 1)},
+    ]
+    for content in many:
+        with pytest.raises(ApiError, match="1001 rows; at most 1000"):
+            _refuse_many_rows(json.dumps(content).encode(), "application/json")
+    _refuse_many_rows(json.dumps({"inputs": rows * MOST_ROWS}).encode(), "application/json")
+    with pytest.raises(ApiError, match="rows"):
+        _refuse_many_rows(b"a\n" * 1002, "text/csv")
+    _refuse_many_rows(b"no json", "application/json")

@@ -280,3 +280,75 @@ def test_a_body_in_pieces_without_a_length(server: Running) -> None:
         headers={"Content-Type": "application/json"},
     )  # fmt: skip
     assert answer.json()["choices"][0]["message"]["content"] == "Good day to you."
+
+
+def test_a_model_can_be_asked_for_by_name(server: Running) -> None:
+    client = server.openai()
+    assert client.models.retrieve("m").id == "m"
+    assert server.http().get("/v1/models/models:/m@champion").json()["id"] == "m"
+    with pytest.raises(openai.NotFoundError, match="this is m"):
+        client.models.retrieve("other")
+
+
+def test_tools_that_are_not_to_be_used_are_none(server: Running) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    client = server.openai()
+    answer = client.chat.completions.create(
+        model="m", messages=HELLO, tools=tools, tool_choice="none"
+    )
+    assert answer.choices[0].message.content == "Good day to you."
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model="m", messages=HELLO, tools=tools)
+
+
+def test_several_prompts_are_answered_in_turn(server: Running) -> None:
+    client = server.openai()
+    answer = client.completions.create(model="m", prompt=["one", "two"], n=2, max_tokens=4)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert {choice.text for choice in answer.choices} == {"Good"}
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 16)
+    stream = client.completions.create(
+        model="m", prompt=["one", "two"], max_tokens=4, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    texts, last = ["", ""], None
+    for last in stream:
+        for choice in last.choices:
+            texts[choice.index] += choice.text
+    assert texts == ["Good", "Good"]
+    assert last is not None
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (6, 8)
+    with pytest.raises(openai.BadRequestError, match="at most 128"):
+        client.completions.create(model="m", prompt=["x"] * 65, n=2)
+
+
+@pytest.mark.parametrize("name", [
+    "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "stop", "n", "seed",
+    "stream", "stream_options", "logprobs", "top_logprobs", "response_format", "tools",
+    "tool_choice", "presence_penalty", "frequency_penalty", "custom_inputs", "model", "logit_bias",
+])  # fmt: skip
+def test_null_is_not_given(server: Running, name: str) -> None:
+    answer = server.http().post("/v1/chat/completions", json={"messages": HELLO, name: None})
+    assert answer.status_code == 200, answer.text
+
+
+def test_null_is_not_given_inside_either(server: Running) -> None:
+    asked = {
+        "messages": [{**HELLO[0], "refusal": None, "tool_calls": None, "name": None}],
+        "custom_inputs": {"seed": None},
+        "stream": True,
+        "stream_options": {"include_usage": None},
+    }
+    assert server.http().post("/v1/chat/completions", json=asked).status_code == 200
+
+
+def test_an_image_is_named(server: Running) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    answer = server.http().post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]}
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "messages[0].content")
+    assert "a part of type 'image_url' at [1]; this model takes text only" in error["message"]
