@@ -34,7 +34,9 @@ from pathlib import Path
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import quantization_settings
 settings = quantization_settings({settings!r})
-print(quantize_checkpoint(Path({source!r}), Path({out!r}), settings))
+unfinished = Path({out!r} + "-unfinished")
+unfinished.mkdir(parents=True, exist_ok=True)
+print(quantize_checkpoint(Path({source!r}), Path({out!r}), settings, unfinished=unfinished))
 """
 _EXPORT = """
 from pathlib import Path
@@ -143,6 +145,7 @@ def main() -> None:
             step(f"stock builder, from bf16, limit {args.limit_gb:g} GB", code, out)
             shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(int4, ignore_errors=True)
+        shutil.rmtree(f"{int4}-unfinished", ignore_errors=True)
         shutil.rmtree(onnx, ignore_errors=True)
     if args.olive_python is not None:
         out = args.work / "olive"

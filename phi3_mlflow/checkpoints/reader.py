@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints import layout
-from phi3_mlflow.checkpoints.safetensors_header import read_header
+from phi3_mlflow.checkpoints.safetensors_header import DTYPE_BYTES, read_header
 from phi3_mlflow.core.errors import CheckpointRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     import torch
 
@@ -51,6 +52,22 @@ class CheckpointReader:
                         f"and again in {file.name}"
                     )
                 self._tensors[name] = stored
+
+    @classmethod
+    def imagined(cls, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> CheckpointReader:
+        """The headers of a checkpoint that is not there yet; nothing can be read.
+
+        Args:
+            shapes: of every tensor.
+            dtype: of all of them, by safetensors' name.
+        """
+        reader = cls.__new__(cls)
+        reader.directory = Path("not-fetched-yet")
+        reader._tensors = {
+            name: StoredTensor(reader.directory, dtype, shape, 0, prod(shape) * DTYPE_BYTES[dtype])
+            for name, shape in shapes.items()
+        }
+        return reader
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has this tensor."""

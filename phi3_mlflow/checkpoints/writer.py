@@ -9,8 +9,10 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from itertools import islice
+from typing import TYPE_CHECKING, Self, cast
 
 from phi3_mlflow.checkpoints.layout import INDEX
 
@@ -57,7 +59,11 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, directory: Path, tensors: Mapping[str, Announced], shard_bytes: int = SHARD_BYTES
+        self,
+        directory: Path,
+        tensors: Mapping[str, Announced],
+        shard_bytes: int = SHARD_BYTES,
+        written: int = 0,
     ) -> None:
         """Plan the files.
 
@@ -65,11 +71,14 @@ class CheckpointWriter:
             directory: an existing directory.
             tensors: what will be written, in order.
             shard_bytes: bytes of data after which a file is full.
+            written: how many of the tensors an earlier writer has written there; what the files
+                hold beyond them is dropped.
         """
         self._directory = directory
         self._tensors = dict(tensors)
         self._shards = _split(self._tensors, shard_bytes)
-        self._todo = iter(self._tensors)
+        self.written = self._earlier = written
+        self._todo = islice(self._tensors, written, None)
         self._file_of = {name: i for i, shard in enumerate(self._shards) for name in shard}
         self._open: BufferedWriter | None = None
         self._open_index = -1
@@ -123,16 +132,34 @@ class CheckpointWriter:
         stream = self._stream(self._file_of[name])
         if tensor.numel():
             stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.written += 1
         return found.nbytes
+
+    def sync(self) -> None:
+        """Have on the disk what is written so far."""
+        if self._open is not None:
+            self._open.flush()
+            os.fsync(self._open.fileno())
 
     def _stream(self, index: int) -> BufferedWriter:
         if index != self._open_index or self._open is None:
             if self._open is not None:
+                self.sync()
                 self._open.close()
-            self._open = (self._directory / self._file_name(index)).open("wb")
+            self._open = self._begin(index)
             self._open_index = index
-            self._open.write(_header(self._tensors, self._shards[index]))
         return self._open
+
+    def _begin(self, index: int) -> BufferedWriter:
+        """Open a file behind what it is to keep: its header, and what was written earlier."""
+        file, header = self._directory / self._file_name(index), self._shards[index]
+        before = sum(map(len, self._shards[:index]))
+        kept = header[: max(0, self._earlier - before)]
+        stream = file.open("r+b" if kept else "wb")
+        stream.write(_header(self._tensors, header))
+        stream.seek(sum(self._tensors[name].nbytes for name in kept), os.SEEK_CUR)
+        stream.truncate()
+        return cast("BufferedWriter", stream)
 
     def _file_name(self, index: int) -> str:
         if len(self._shards) == 1:

@@ -28,8 +28,13 @@ class Meter(Protocol):
 class Progress(Protocol):
     """Opens a meter: `with progress("quantizing", total_bytes) as meter: meter.advance(n)`."""
 
-    def __call__(self, description: str, total: int | None, /) -> AbstractContextManager[Meter]:
-        """Start a piece of work of `total` bytes; None where that is not known."""
+    def __call__(
+        self, description: str, total: int | None, unit: str = "bytes", /
+    ) -> AbstractContextManager[Meter]:
+        """Start a piece of work of `total` units, None where that is not known.
+
+        Units as in `show_progress`.
+        """
 
 
 class _Silent:
@@ -38,9 +43,9 @@ class _Silent:
 
 
 @contextmanager
-def no_progress(description: str, total: int | None, /) -> Iterator[Meter]:
+def no_progress(description: str, total: int | None, unit: str = "bytes", /) -> Iterator[Meter]:
     """The listener that says nothing."""
-    del description, total
+    del description, total, unit
     yield _Silent()
 
 

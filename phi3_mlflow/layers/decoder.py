@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Phi3Config
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3DecoderLayer,
+    Phi3RMSNorm,
+    Phi3RotaryEmbedding,
+)
 
 from phi3_mlflow.core.machine import multiplies_bfloat16
 
@@ -100,10 +104,10 @@ class Decoder:
 
     def norm(self, states: torch.Tensor) -> torch.Tensor:
         """What the head sees of hidden states (..., hidden)."""
-        weight = self.reader.read_float(NORM)
-        return torch.nn.functional.rms_norm(
-            states, (self.hidden,), weight, self.config.rms_norm_eps
-        )
+        norm = Phi3RMSNorm(self.hidden, self.config.rms_norm_eps)
+        norm.weight.data = self.reader.read_float(NORM)
+        normed: torch.Tensor = norm(states)
+        return normed
 
 
 def arithmetic(reader: CheckpointReader) -> torch.dtype:

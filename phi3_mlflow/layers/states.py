@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
+from phi3_mlflow.layers.room import IN_MEMORY
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-IN_MEMORY = 1 << 29
-"""Bytes that states may have to be held in memory."""
 
 _ITEM_BYTES = 4
 

@@ -8,29 +8,35 @@ done in the order of the computation: qkv_proj, o_proj, gate_up_proj, down_proj.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phi3_mlflow.checkpoints.writer import CheckpointWriter
+from phi3_mlflow.layers.decoder import Decoder
+from phi3_mlflow.layers.states import States
 from phi3_mlflow.quantization.calibration import calibration_sequences
+from phi3_mlflow.quantization.effort import head_effort, layer_effort
 from phi3_mlflow.quantization.gptq import gptq
 from phi3_mlflow.quantization.matrices import CHUNK_WEIGHTS, copy_tensor, write_linear
+from phi3_mlflow.quantization.moments import correct_drift, second_moments
 from phi3_mlflow.quantization.packing import dequantize
-from phi3_mlflow.quantization.plan import EMBEDDING, HEAD, CopyPlan, LinearPlan, QuantizationPlan
+from phi3_mlflow.quantization.passage import Passage
+from phi3_mlflow.quantization.plan import HEAD, CopyPlan, LinearPlan, QuantizationPlan
 from phi3_mlflow.quantization.rounding import Rounded, k_quant, rtn
+from phi3_mlflow.quantization.unfinished import Found, Unfinished
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from phi3_mlflow.checkpoints.reader import CheckpointReader
-    from phi3_mlflow.checkpoints.writer import CheckpointWriter
-    from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.core.progress import Meter, Progress
     from phi3_mlflow.quantization.calibration import Conversation
     from phi3_mlflow.quantization.settings import GptqSettings
 
-# Sequences that go through a layer together.
-_BATCH = 4
+    Parts = Callable[[], Iterable[torch.Tensor]]
 
 
 def quantize_calibrated(
@@ -38,9 +44,10 @@ def quantize_calibrated(
     reader: CheckpointReader,
     plan: QuantizationPlan,
     settings: GptqSettings,
-    writer: CheckpointWriter,
-    meter: Meter,
+    out: Path,
+    progress: Progress,
     rows: Sequence[Conversation] = (),
+    unfinished: Path | None = None,
 ) -> int:
     """Quantize by GPTQ, layer by layer.
 
@@ -49,9 +56,11 @@ def quantize_calibrated(
         reader: its tensors.
         plan: what becomes of them; `steps` are in the order of the computation.
         settings: with `calibration`.
-        writer: gets the tensors.
-        meter: told the bytes of the source that are done.
+        out: where the tensors are written.
+        progress: told what is done; a layer takes as long as another.
         rows: training rows to calibrate with besides the texts.
+        unfinished: a folder of this work's own on the same disk as `out`. What is finished is kept
+            there, and a run that was killed goes on after its last layer. None keeps nothing.
 
     Returns:
         The bytes written.
@@ -59,25 +68,41 @@ def quantize_calibrated(
     Raises:
         UserError: the calibration file cannot be used.
     """
+    announced, groups = plan.announced(), list(_by_layer(plan))
     with torch.inference_mode(), _threads(settings.threads):
-        states = _embed(reader, calibration_sequences(checkpoint, settings, rows))
-        model = _Layers(checkpoint, reader)
-        if settings.drift_correction:
-            model.reference = states.clone()
-        written = 0
-        for layer, steps in _by_layer(plan):
-            if layer is None:
-                for step in steps:
-                    written += _outside(reader, step, model, states, settings, writer, meter)
-                continue
-            done = model.quantize(layer, steps, states, settings)
-            for step in steps:
-                if isinstance(step, CopyPlan):
-                    written += copy_tensor(reader, step, writer, meter)
+        decoder, kept = Decoder(checkpoint, reader), Unfinished(unfinished, out)
+        found = kept.find(decoder.hidden)
+        if found is None:
+            sequences = calibration_sequences(checkpoint, settings, rows)
+            found = _beginning(decoder, sequences, settings, unfinished)
+        length = settings.calibration_length
+        work = _Work(decoder, found.states, found.ideal, length, settings, unfinished)
+        left = groups[found.groups :]
+        total = sum(_effort(layer, steps, work.states.places) for layer, steps in left)
+        note = f", from layer {left[0][0]} on" if found.groups else ""
+        with (
+            CheckpointWriter(kept.output, announced, written=found.tensors) as writer,
+            progress(f"quantizing ({settings.algorithm}){note}", total, "share") as meter,
+        ):
+            for done, (layer, steps) in enumerate(left, start=found.groups + 1):
+                if layer is None:
+                    for step in steps:
+                        _outside(work, step, writer, meter)
                 else:
-                    written += write_linear(writer, step, done.pop(step.name))
-                    meter.advance(reader.entry(step.source).nbytes)
-        return written
+                    work.quantize(layer, steps, writer, meter)
+                    kept.save(writer, done, work.states, work.ideal)
+        kept.deliver()
+    return sum(tensor.nbytes for tensor in announced.values())
+
+
+def _beginning(
+    decoder: Decoder, sequences: torch.Tensor, settings: GptqSettings, folder: Path | None
+) -> Found:
+    """Token ids (sequences, tokens) embedded, and nothing done with them yet."""
+    states = States(sequences.numel(), decoder.hidden, folder=folder)
+    decoder.embed(sequences.flatten(), states)
+    ideal = states.copy(folder=folder) if settings.drift_correction else None
+    return Found(groups=0, tensors=0, states=states, ideal=ideal)
 
 
 @contextmanager
@@ -106,203 +131,119 @@ def _by_layer(plan: QuantizationPlan) -> Iterator[tuple[int | None, list[LinearP
         yield current, group
 
 
-def _embed(reader: CheckpointReader, sequences: torch.Tensor) -> torch.Tensor:
-    """Hidden states float32 (sequences, tokens, hidden) of token ids (sequences, tokens)."""
-    table = reader.read(EMBEDDING)
-    return table[sequences].to(torch.float32)
+def _effort(layer: int | None, steps: list[LinearPlan | CopyPlan], places: int) -> int:
+    if layer is not None:
+        return layer_effort([step for step in steps if isinstance(step, LinearPlan)], places)
+    return sum(head_effort(step) for step in steps if isinstance(step, LinearPlan))
 
 
-class _Layers:
-    """Builds one decoder layer at a time and runs the calibration states through it."""
+@dataclass
+class _Work:
+    """The calibration states on their way through the model.
 
-    def __init__(self, checkpoint: Path, reader: CheckpointReader) -> None:
-        from transformers import Phi3Config
-        from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
+    Attributes:
+        decoder: the float checkpoint.
+        states: of the texts, through what has been quantized already.
+        ideal: the same through the float layers, where drift is corrected.
+        length: tokens of a sequence.
+        settings: the choices.
+        folder: for what is too much for memory.
+    """
 
-        self._reader = reader
-        self._config = Phi3Config.from_pretrained(str(checkpoint))
-        self._config._attn_implementation = "sdpa"
-        self._rotary = Phi3RotaryEmbedding(self._config)
-        self._norm = Phi3RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
-        # States of the full-precision model, carried along where drift is corrected.
-        self.reference: torch.Tensor | None = None
+    decoder: Decoder
+    states: States
+    ideal: States | None
+    length: int
+    settings: GptqSettings
+    folder: Path | None
 
     def quantize(
         self,
         layer: int,
         steps: list[LinearPlan | CopyPlan],
-        states: torch.Tensor,
-        settings: GptqSettings,
-    ) -> dict[str, Rounded]:
-        """Quantize the four matrices of a layer; `states` go through it and are overwritten."""
-        module = self._load(layer)
-        full = self._load(layer) if self.reference is not None else None
+        writer: CheckpointWriter,
+        meter: Meter,
+    ) -> None:
+        """Quantize the four matrices of a layer and write it; the states go through it."""
+        here = Passage(self.decoder, layer, self.states, self.length, self.folder)
+        full = None
+        if self.ideal is not None:
+            full = Passage(self.decoder, layer, self.ideal, self.length, self.folder)
         plans = {s.name.rsplit(".", 1)[-1]: s for s in steps if isinstance(s, LinearPlan)}
         done: dict[str, Rounded] = {}
 
-        def round_matrix(linear: torch.nn.Linear, name: str, inputs: Any, ideal: Any) -> None:
+        def round_matrix(name: str, linear: Any, inputs: Parts, ideal: Parts | None) -> None:
             step = plans[name]
-            rounded = _round(linear.weight.data, inputs, ideal, step, settings)
+            rounded = _round(linear.weight.data, inputs, ideal, step, self.settings)
             done[step.name] = rounded
             linear.weight.data = dequantize(*rounded, step.block_size)
+            meter.advance(layer_effort([step], self.states.places))
 
-        inputs, ideal = _attention_inputs(module, states), _attention_inputs(full, self.reference)
-        round_matrix(module.self_attn.qkv_proj, "qkv_proj", inputs, ideal)
-        inputs, ideal = self._attend(module, inputs), self._attend(full, ideal)
-        round_matrix(module.self_attn.o_proj, "o_proj", inputs, ideal)
-        _add(states, module.self_attn.o_proj, inputs)
-        _add(self.reference, full and full.self_attn.o_proj, ideal)
-        inputs, ideal = _mlp_inputs(module, states), _mlp_inputs(full, self.reference)
-        round_matrix(module.mlp.gate_up_proj, "gate_up_proj", inputs, ideal)
-        inputs, ideal = _activate(module, inputs), _activate(full, ideal)
-        round_matrix(module.mlp.down_proj, "down_proj", inputs, ideal)
-        _add(states, module.mlp.down_proj, inputs)
-        _add(self.reference, full and full.mlp.down_proj, ideal)
-        return done
-
-    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
-        """What the head sees."""
-        self._norm.weight.data = self._reader.read_float("model.norm.weight")
-        normed: torch.Tensor = self._norm(states)
-        return normed
-
-    def _attend(self, module: Any, inputs: Any) -> Any:
-        """What o_proj sees, from what qkv_proj sees."""
-        if module is None:
-            return None
-        attention = module.self_attn
-        output, attention.o_proj = attention.o_proj, torch.nn.Identity()
-        positions = torch.arange(inputs.shape[1]).unsqueeze(0)
-        rotary = self._rotary(inputs, positions)
-        # Without a mask the attention is causal; the sequences are not padded.
-        parts = [
-            attention(part, position_embeddings=rotary, attention_mask=None)[0]
-            for part in inputs.split(_BATCH)
-        ]
-        attention.o_proj = output
-        return torch.cat(parts)
-
-    def _load(self, layer: int) -> Any:
-        from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-
-        with torch.device("meta"):
-            module = Phi3DecoderLayer(self._config, layer)
-        prefix = f"model.layers.{layer}."
-        tensors = {name: self._reader.read_float(prefix + name) for name in module.state_dict()}
-        module.load_state_dict(tensors, assign=True)
-        return module.eval()
-
-
-def _attention_inputs(module: Any, states: Any) -> Any:
-    return None if module is None else module.input_layernorm(states)
-
-
-def _mlp_inputs(module: Any, states: Any) -> Any:
-    return None if module is None else module.post_attention_layernorm(states)
-
-
-def _activate(module: Any, inputs: Any) -> Any:
-    """What down_proj sees, from what gate_up_proj sees."""
-    if module is None:
-        return None
-    parts = []
-    for part in inputs.split(_BATCH):
-        gate, up = module.mlp.gate_up_proj(part).chunk(2, dim=-1)
-        parts.append(module.mlp.activation_fn(gate).mul_(up))
-    return torch.cat(parts)
-
-
-def _add(states: Any, linear: Any, inputs: Any) -> None:
-    if states is not None:
-        for into, part in zip(states.split(_BATCH), inputs.split(_BATCH), strict=True):
-            into += linear(part)
+        both = [here] if full is None else [here, full]
+        attention, mlp = here.module.self_attn, here.module.mlp
+        ideal = None if full is None else full.attention_inputs
+        round_matrix("qkv_proj", attention.qkv_proj, here.attention_inputs, ideal)
+        for passage in both:
+            passage.attend()
+        kept = None if full is None else full.kept
+        round_matrix("o_proj", attention.o_proj, here.kept, kept)
+        del attention
+        for passage in both:
+            passage.leave_attention()
+        ideal = None if full is None else full.mlp_inputs
+        round_matrix("gate_up_proj", mlp.gate_up_proj, here.mlp_inputs, ideal)
+        for passage in both:
+            passage.activate()
+        round_matrix("down_proj", mlp.down_proj, here.kept, kept)
+        for passage in both:
+            passage.leave_mlp()
+        for step in steps:
+            if isinstance(step, CopyPlan):
+                copy_tensor(self.decoder.reader, step, writer)
+            else:
+                write_linear(writer, step, done.pop(step.name))
 
 
 def _round(
     weights: torch.Tensor,
-    inputs: torch.Tensor,
-    ideal: torch.Tensor | None,
+    inputs: Parts,
+    ideal: Parts | None,
     step: LinearPlan,
     settings: GptqSettings,
 ) -> Rounded:
     if ideal is None and step.bits == 8:
         return rtn(weights, 8, step.block_size, step.symmetric)
-    moments = second_moments(inputs)
+    moments = second_moments(inputs())
     if ideal is not None:
         weights = correct_drift(
-            weights, inputs, ideal, moments, settings.damping, settings.drift_correction
+            weights, inputs(), ideal(), moments, settings.damping, settings.drift_correction
         )
     if step.bits == 8:
         return rtn(weights, 8, step.block_size, step.symmetric)
     return gptq(weights, moments, step.bits, step.block_size, step.symmetric, settings.damping)
 
 
-def correct_drift(
-    weights: torch.Tensor,
-    inputs: torch.Tensor,
-    ideal: torch.Tensor,
-    moments: torch.Tensor,
-    damping: float,
-    share: float,
-) -> torch.Tensor:
-    """Adapt a matrix so that for inputs that have drifted it gives what the true ones give.
-
-    The least-squares solution of `adapted @ inputs = weights @ ideal`, held near `weights` by the
-    damping (the idea of GPTAQ, https://arxiv.org/abs/2504.02692, taken before the rounding).
-
-    Args:
-        weights: float32 (N, K).
-        inputs: what the matrix gets in the quantized model, (..., K).
-        ideal: what it gets in the full-precision model, the same shape.
-        moments: `second_moments(inputs)`.
-        damping: share of the mean diagonal added to the diagonal.
-        share: 0 leaves the weights as they are, 1 goes all the way.
-    """
-    flat, drift = inputs.flatten(0, -2), (ideal - inputs).flatten(0, -2)
-    cross = torch.zeros_like(moments)
-    for some, part in zip(torch.split(drift, 2048), torch.split(flat, 2048), strict=True):
-        cross.addmm_(some.T, part)
-    damped = moments.clone()
-    damped.diagonal().add_(max(damping * float(moments.diagonal().mean()), 1e-12))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        return weights
-    # adapted = weights + share * weights @ (cross / n) @ damped^-1
-    step = torch.cholesky_solve((weights @ cross.div_(flat.shape[0])).T, lower).T
-    return weights + share * step
-
-
-def second_moments(inputs: torch.Tensor) -> torch.Tensor:
-    """The mean of x x^T, float32 (K, K), over inputs (..., K)."""
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    moments = torch.zeros((flat.shape[1], flat.shape[1]))
-    for part in torch.split(flat, 2048):
-        moments.addmm_(part.T, part)
-    return moments.div_(flat.shape[0])
-
-
 def _outside(
-    reader: CheckpointReader,
-    step: LinearPlan | CopyPlan,
-    model: _Layers,
-    states: torch.Tensor,
-    settings: GptqSettings,
-    writer: CheckpointWriter,
-    meter: Meter,
-) -> int:
+    work: _Work, step: LinearPlan | CopyPlan, writer: CheckpointWriter, meter: Meter
+) -> None:
     """Embedding, final norm and head."""
-    del settings
+    reader = work.decoder.reader
     if isinstance(step, CopyPlan):
-        return copy_tensor(reader, step, writer, meter)
+        copy_tensor(reader, step, writer)
+        return
     assert step.name == HEAD
-    importance = None
-    if step.bits == 4:
-        importance = model.final_norm(states).square().mean((0, 1)).clamp_min(1e-12)
+    importance = _importance(work) if step.bits == 4 else None
     parts = []
     chunk = max(8, CHUNK_WEIGHTS // step.columns)
     for start in range(0, step.rows, chunk):
         weights = reader.read_float(step.source, slice(start, min(start + chunk, step.rows)))
         parts.append(k_quant(weights, step.bits, step.block_size, step.symmetric, importance))
-        meter.advance(reader.entry(step.source).nbytes * weights.shape[0] // step.rows)
+        meter.advance(head_effort(step) * weights.shape[0] // step.rows)
     columns = zip(*parts, strict=True)
-    return write_linear(writer, step, Rounded(*(torch.cat(column) for column in columns)))
+    write_linear(writer, step, Rounded(*(torch.cat(column) for column in columns)))
+
+
+def _importance(work: _Work) -> torch.Tensor:
+    """The mean square of what each column of the head sees, float32 (hidden,)."""
+    seen = work.decoder.norm(work.states.read(0, work.states.places))
+    return seen.view(-1, work.length, work.decoder.hidden).square().mean((0, 1)).clamp_min(1e-12)

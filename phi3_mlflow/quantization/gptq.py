@@ -15,6 +15,8 @@ from phi3_mlflow.quantization.rounding import Rounded, k_quant
 
 # Columns whose error is spread among themselves at once and over the rest in one product.
 _PANEL = 128
+# Weights whose grid is searched for at once: what that takes stays in the processor's cache.
+_SEARCHED = 262_144
 
 
 def gptq(
@@ -39,9 +41,9 @@ def gptq(
         Codes (N, K) in the original order of the columns, scales and zeros (N, K/g).
     """
     diagonal = moments.diagonal()
-    grid = k_quant(weights, bits, block_size, symmetric, diagonal.clamp_min(1e-12))
+    grid = _grid(weights, bits, block_size, symmetric, diagonal.clamp_min(1e-12))
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _inverse_factor(moments[order][:, order], damping)
+    factor = _inverse_factor(moments, order, damping)
     group = order // block_size
     weights = weights[:, order]
     codes = torch.empty(weights.shape, dtype=torch.uint8)
@@ -62,17 +64,36 @@ def gptq(
     return Rounded(codes, grid.scales, grid.zeros)
 
 
-def _inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped moments."""
-    mean = float(moments.diagonal().mean())
-    if mean <= 0:
-        return torch.eye(moments.shape[0])
+def _grid(
+    weights: torch.Tensor, bits: int, block_size: int, symmetric: bool, importance: torch.Tensor
+) -> Rounded:
+    """The scales and zero points of all blocks; a few rows at a time, for the search is greedy."""
+    rows = max(1, _SEARCHED // weights.shape[1])
+    parts = [
+        k_quant(part, bits, block_size, symmetric, importance)
+        for part in torch.split(weights, rows)
+    ]
+    scales = torch.cat([part.scales for part in parts])
+    return Rounded(torch.empty(0), scales, torch.cat([part.zeros for part in parts]))
+
+
+def _inverse_factor(moments: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of the damped moments, columns in an order.
+
+    At the widest matrix of a large model each of these is hundreds of megabytes, so none of them
+    is held longer than it is needed.
+    """
     for attempt in range(6):
-        damped = moments.clone()
+        damped = moments[order][:, order]
+        mean = float(damped.diagonal().mean())
+        if mean <= 0:
+            break
         damped.diagonal().add_(damping * mean * 10**attempt)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(failed) == 0:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0:

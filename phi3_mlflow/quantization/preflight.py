@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import EnvironmentProblem, problem_list
 from phi3_mlflow.core.machine import available_memory, free_disk
+from phi3_mlflow.layers.room import IN_MEMORY
+from phi3_mlflow.quantization.effort import BATCH
 from phi3_mlflow.quantization.plan import (
     EMBEDDING,
     CopyPlan,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Resident size of Python with torch, transformers, onnx and the builder loaded, measured.
-_LIBRARIES = 650_000_000
+LIBRARIES = 650_000_000
 # Copies of a tensor that are alive at once when it is written: as stored, converted, laid out.
 _COPIES = 2
 _GIB = 2**30
@@ -35,10 +37,12 @@ class Needs:
     Attributes:
         memory: resident, at the highest point of quantize and export.
         disk: for the int4 checkpoint and the ONNX directory together.
+        onnx: of that, for the ONNX directory.
     """
 
     memory: int
     disk: int
+    onnx: int
 
 
 def needs(checkpoint: Path, settings: QuantizationSettings) -> Needs:
@@ -52,18 +56,28 @@ def needs(checkpoint: Path, settings: QuantizationSettings) -> Needs:
         CheckpointRefused: the checkpoint is not a float Phi-3.
         UserError: the settings do not fit it.
     """
-    config = read_config(checkpoint)
-    reader = CheckpointReader(checkpoint)
-    plan = make_plan(config, reader, settings)
+    config, reader = read_config(checkpoint), CheckpointReader(checkpoint)
+    return needs_of(make_plan(config, reader, settings), settings)
+
+
+def needs_of(plan: QuantizationPlan, settings: QuantizationSettings) -> Needs:
+    """What carrying out a plan and exporting the result needs.
+
+    Args:
+        plan: what becomes of every tensor.
+        settings: the choices.
+    """
     written = sum(tensor.nbytes for tensor in plan.announced().values())
     onnx = sum(_onnx_bytes(step, plan) for step in plan.steps)
-    memory = _LIBRARIES + _COPIES * max(_onnx_bytes(step, plan) for step in plan.steps)
+    memory = LIBRARIES + _COPIES * max(_onnx_bytes(step, plan) for step in plan.steps)
     if isinstance(settings, GptqSettings):
-        memory = max(memory, _LIBRARIES + _calibration_bytes(reader, plan, settings))
+        memory = max(memory, LIBRARIES + _calibration_bytes(plan, settings))
+        # Beside what is too much for memory the states are kept, old and new, for a killed run.
+        written += 2 * _state_bytes(plan, settings)
         if settings.backend == "optimum":
             weights = sum(step.rows * step.columns for step in plan.linears())
-            memory = max(memory, _LIBRARIES + 5 * weights)
-    return Needs(memory=memory, disk=written + onnx + 32_000_000)
+            memory = max(memory, LIBRARIES + 5 * weights)
+    return Needs(memory=memory, disk=written + onnx + 32_000_000, onnx=onnx)
 
 
 def preflight(
@@ -131,19 +145,25 @@ def _onnx_bytes(step: LinearPlan | CopyPlan, plan: QuantizationPlan) -> int:
     return count * 4
 
 
-def _calibration_bytes(
-    reader: CheckpointReader, plan: QuantizationPlan, settings: GptqSettings
-) -> int:
-    """Bytes for a float32 layer and its codes, second moments with scratch, and activations."""
+def _calibration_bytes(plan: QuantizationPlan, settings: GptqSettings) -> int:
+    """Bytes for a float32 layer, the states in memory, and rounding or a few texts' activations."""
     layer = [step for step in plan.linears() if step.layer == 0]
-    weights = sum(step.rows * step.columns for step in layer)
-    widest = max(step.columns for step in layer)
-    hidden = layer[0].columns
-    activations = settings.calibration_tokens * (3 * hidden + widest) * 4
-    embedding = reader.entry(EMBEDDING).nbytes
-    return 5 * weights + 4 * max(s.rows * s.columns for s in layer) * 2 + (
-        4 * widest * widest * 4 + activations + embedding
-    )  # fmt: skip
+    models = 2 if settings.drift_correction else 1
+    floats = 4 * sum(step.rows * step.columns for step in layer)
+    states = min(_state_bytes(plan, settings), models * IN_MEMORY)
+    widest = sorted(step.rows for step in layer)[-1]
+    texts = 4 * BATCH * settings.calibration_length * 2 * widest
+    # Second moments, ordered, factor and inverse; the weights, ordered, their rest and the codes.
+    rounding = max(4 * (4 * step.columns**2 + 4 * step.rows * step.columns) for step in layer)
+    return models * floats + states + max(texts, rounding)
+
+
+def _state_bytes(plan: QuantizationPlan, settings: GptqSettings) -> int:
+    """Bytes of the calibration states and of the inputs that are kept within a layer."""
+    layer = [step for step in plan.linears() if step.layer == 0]
+    hidden, widest = layer[0].columns, max(step.columns for step in layer)
+    models = 2 if settings.drift_correction else 1
+    return 4 * models * settings.calibration_tokens * (hidden + widest)
 
 
 def _gib(size: int) -> str:

@@ -37,6 +37,7 @@ def quantize_checkpoint(
     progress: Progress = no_progress,
     *,
     rows: Sequence[Conversation] = (),
+    unfinished: Path | None = None,
 ) -> QuantizationReport:
     """Write the quantized checkpoint of a float Phi-3 checkpoint.
 
@@ -48,8 +49,10 @@ def quantize_checkpoint(
             file or many, of architecture `Phi3ForCausalLM`.
         out: the directory to write into; made if it is not there.
         settings: the choices.
-        progress: told the bytes of every tensor that is done.
+        progress: told the bytes of every tensor that is done; with `gptq` the share of the work.
         rows: training rows that `gptq` calibrates with besides the texts, as lists of messages.
+        unfinished: a folder on the disk of `out`, in which `gptq` keeps what is finished, so that
+            the same work goes on there after a kill. None: it begins anew.
 
     Raises:
         CheckpointRefused: the checkpoint is not a float Phi-3 or is damaged.
@@ -63,13 +66,15 @@ def quantize_checkpoint(
     plan = make_plan(config, reader, settings)
     out.mkdir(parents=True, exist_ok=True)
     total = sum(_source_bytes(reader, step) for step in plan.steps)
-    with (
-        CheckpointWriter(out, plan.announced()) as writer,
-        progress(f"quantizing ({settings.algorithm})", total) as meter,
-    ):
-        if isinstance(settings, GptqSettings):
-            bytes_out = quantize_calibrated(checkpoint, reader, plan, settings, writer, meter, rows)
-        else:
+    if isinstance(settings, GptqSettings):
+        bytes_out = quantize_calibrated(
+            checkpoint, reader, plan, settings, out, progress, rows, unfinished
+        )
+    else:
+        with (
+            CheckpointWriter(out, plan.announced()) as writer,
+            progress(f"quantizing ({settings.algorithm})", total) as meter,
+        ):
             bytes_out = _quantize_plain(reader, plan, settings, writer, meter)
     write_config(out, config, plan, settings)
     copy_companions(checkpoint, out)

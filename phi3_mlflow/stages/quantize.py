@@ -5,11 +5,13 @@
 
 Only a few tensors are in memory at any time, whatever the size of the model. The result is still
 in Hugging Face's layout (GPTQ format), and the same checkpoint and settings give the same bytes.
-A fine-tuned checkpoint can be calibrated with the rows that it was trained on, too.
+With algorithm gptq, which takes hours for a large model, a killed run goes on after the last layer
+that it finished. A fine-tuned checkpoint can be calibrated with the rows that it was trained on.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.artifacts.inputs import Folder, Input
     from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.quantization.calibration import Conversation
@@ -76,6 +78,8 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         )
 
     def work(self, work: Work[QuantizeInputs]) -> None:
+        from filelock import FileLock
+
         from phi3_mlflow.quantization.preflight import preflight
         from phi3_mlflow.quantization.quantize import quantize_checkpoint
 
@@ -91,7 +95,12 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         done = dict(work.settings)
         if isinstance(chosen, GptqSettings) and "training" in known:
             done["calibration_rows"] = chosen.share_of_rows(trained=True) if rows else 0.0
-        report = quantize_checkpoint(checkpoint, work.out, chosen, show_progress, rows=rows)
+        folder = unfinished(work.cache, work.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # `cache -P do=prune` leaves it alone
+            report = quantize_checkpoint(
+                checkpoint, work.out, chosen, show_progress, rows=rows, unfinished=folder
+            )
         work.metrics.update(numbers(report))
         write_provenance(
             work.out,
@@ -103,6 +112,19 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
                 "quantized_sha256": content_digest(work.out),
             },
         )
+
+    def after(self, request: Request, entry: Entry) -> None:
+        """Drop what was kept of unfinished work whose output is there."""
+        from phi3_mlflow.artifacts.cache import StepCache
+
+        folder = unfinished(StepCache(), entry.key)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+
+
+def unfinished(cache: StepCache, key: str) -> Path:
+    """Where finished layers lie until the whole is done."""
+    return cache.downloads / f"quantize-{key}"
 
 
 def quantization_values(chosen: QuantizationSettings) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.quantization.calibrated import correct_drift, second_moments
 from phi3_mlflow.quantization.calibration import calibration_sequences, calibration_texts
 from phi3_mlflow.quantization.gptq import gptq
+from phi3_mlflow.quantization.moments import correct_drift, second_moments
 from phi3_mlflow.quantization.packing import dequantize
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.rounding import Rounded, k_quant

@@ -38,13 +38,16 @@ def test_disk_is_estimated_from_what_will_be_written(tiny: Path, tmp_path: Path)
     assert weights + data <= needs(tiny, RTN).disk <= weights + data + 32_000_000
 
 
-def test_calibration_needs_memory_for_its_activations(tiny: Path, tmp_path: Path) -> None:
+def test_calibration_needs_disk_for_the_activations_that_are_too_many_for_memory(
+    tiny: Path, tmp_path: Path
+) -> None:
     texts = tmp_path / "texts.txt"
     few, many = (
-        GptqSettings(block_size=16, calibration=texts, calibration_tokens=tokens)
+        needs(tiny, GptqSettings(block_size=16, calibration=texts, calibration_tokens=tokens))
         for tokens in (256, 1_048_576)
     )
-    assert needs(tiny, many).memory > needs(tiny, few).memory + 2**30
+    assert few.memory + 2**28 < many.memory <= few.memory + 2**29
+    assert many.disk > few.disk + 2**30
 
 
 def test_this_machine_tells_its_memory() -> None:
