@@ -102,6 +102,7 @@ def compare(
             text_id, ids = pieces[index]
             totals[text_id] += _piece(p[place], q[place], ids)
             advance(len(ids))
+        del p, q  # before the next are made: they are the largest things there are
     scores = []
     for text_id, total in totals.items():
         places, candidate_nll, reference_nll, kl, agreements = (float(value) for value in total)

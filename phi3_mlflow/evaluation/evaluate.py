@@ -10,10 +10,13 @@ A folder per version:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
+from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.assessments import log_answers
 from phi3_mlflow.evaluation.gate import (
@@ -114,9 +117,12 @@ class Evaluator:
     def _reference_answers(self, evaluation: Evaluation) -> dict[str, str]:
         """What full precision says to the questions that are shown.
 
-        In size full only, because it says some ten tokens per second.
+        In size full only, because it says some ten tokens per second, and where the model as a
+        whole fits well into memory, unless the profile says otherwise.
         """
-        if self.settings.size != "full":
+        if self.settings.size != "full" or self.settings.reference_answers == "never":
+            return {}
+        if self.settings.reference_answers == "auto" and not _fits_well(self.reference.path):
             return {}
         shown = {worst.id for worst in worst_answers(evaluation, self.sets.questions, {})}
         asked = [question for question in self.sets.questions if question.id in shown]
@@ -197,3 +203,21 @@ class Evaluator:
         if was_there:
             console.say(f"  {version.uri}: measured before, with the same code on the same sets")
         return found
+
+
+def _fits_well(checkpoint: Path) -> bool:
+    """Whether a model takes at most half of the free memory in float32; says so where it does not.
+
+    A greedy answer reads all of it for every token, so one that is swapped out never ends.
+    """
+    reader, free = CheckpointReader(checkpoint), available_memory()
+    needed = 4 * sum(prod(reader.shape(name)) for name in reader)
+    if free is None or needed <= free / 2:
+        return True
+    console.say(
+        f"  full precision is not asked for answers of its own: as a whole it takes "
+        f"{needed / 1e9:.1f} GB of memory, which are read for every token of an answer, and "
+        f"{free / 1e9:.1f} GB are free. With evaluation.reference_answers: always in the profile "
+        "it is asked all the same."
+    )
+    return False

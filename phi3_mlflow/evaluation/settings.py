@@ -60,6 +60,11 @@ class EvaluationSettings(Section):
         le=100_000,
         description="rows that training set aside which are asked at most, chosen by their content",
     )
+    reference_answers: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="in size full, whether the report shows what full precision itself says; it is "
+        "loaded as a whole for that. auto: where it takes at most half of the free memory",
+    )
     judge: JudgeSettings | None = Field(
         default=None, description="a model that judges the answers; default: none"
     )

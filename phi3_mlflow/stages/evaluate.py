@@ -98,6 +98,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             "thresholds": gate["thresholds"],
             "champion_margins": gate["champion"],
             "trained_margins": gate["trained"],
+            "reference_answers": profile.evaluation.reference_answers,
             "task_check": profile.evaluation.task_check,
             "task_rows": profile.evaluation.task_rows,
             "tracking": tracking_identity(),
