@@ -25,6 +25,21 @@ Contract = Literal["chat", "prompt"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Architecture(Section):
+    """Sizes of a model, as its config.json has them; nothing is built by them."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    tie_word_embeddings: bool = False
+    dtype: Literal["F32", "F16", "BF16"] = Field(
+        default="BF16", description="of the weights, by safetensors' name"
+    )
+
+
 class Profile(Section):
     """One model and what is to become of it."""
 
@@ -51,6 +66,10 @@ class Profile(Section):
         description="a configuration that leads to code: refuse it, or drop what leads there",
     )
     time_limit_s: float = Field(default=6 * 3600, gt=0, description="seconds a fetch may take")
+    architecture: Architecture | None = Field(
+        default=None,
+        description="the model's sizes, for what a run will need to be said before the download",
+    )
     context_length: int = Field(ge=16, description="tokens that the model can take in")
     flavor: Flavor = Field(default="onnx", description="the MLflow flavor that is logged")
     contract: Contract = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import Entry, StepCache
@@ -141,8 +141,23 @@ def cost(last: Entry | None) -> str:
     )
 
 
-def text(forecasts: Sequence[Forecast], before: str | None = None) -> str:
-    """All steps, a line each, and a last line with the sum; `before` is put above them."""
+def text(
+    forecasts: Sequence[Forecast],
+    before: str | None = None,
+    foreseen: Mapping[str, object] | None = None,
+) -> str:
+    """All steps, a line each, and a last line with the sum.
+
+    Args:
+        forecasts: of the steps.
+        before: a line to put above them.
+        foreseen: by the step's name what it needs, for those that could not say it themselves.
+    """
+    known = foreseen or {}
+    forecasts = [
+        replace(f, foreseen=f.foreseen or (str(known[f.step]) if f.step in known else None))
+        for f in forecasts
+    ]
     todo = [forecast.step for forecast in forecasts if forecast.reason]
     last = f"{len(todo)} of {len(forecasts)} steps would run."
     head = ["Plan (nothing is done):", *([f"  {before}"] if before else [])]

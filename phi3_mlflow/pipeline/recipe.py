@@ -30,9 +30,16 @@ MADE_BY = ("fetch", "quantize", "export")
 """The steps that make an artifact, from its source on, where nothing is trained."""
 ROWS = ("data", "validation")
 """The keys of the profile's section `train` that name rows."""
-# What says how a model is judged, or how long a download may take, and decides no byte of it; and
-# the search for a quantization, whose outcome stands in the provenance.
-_DECIDES_NOTHING = {"evaluation", "gate", "search", "time_limit_s", "registered_model"}
+# What says how a model is judged, how large it is, or how long a download may take, and decides no
+# byte of it; and the search for a quantization, whose outcome stands in the provenance.
+_DECIDES_NOTHING = {
+    "architecture",
+    "evaluation",
+    "gate",
+    "search",
+    "time_limit_s",
+    "registered_model",
+}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from phi3_mlflow.pipeline.sequence import Follower
 from phi3_mlflow.pipeline.step import Outcome, PlannedStep, Rec, Step, carry_out, find_hit, plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from multiprocessing.context import BaseContext
 
     from phi3_mlflow.config.parameters import Request
@@ -32,10 +32,21 @@ class Pipeline(Follower, AbstractContextManager["Pipeline"]):
     """Runs steps one after another as children of a parent run.
 
     What a step has made is kept from being pruned until the whole is done.
+
+    Args:
+        request: of `main`.
+        parent_run_id: the run that the steps' runs belong to.
+        before_work: called once with the first step that has work to do, before it is done.
     """
 
-    def __init__(self, request: Request, parent_run_id: str) -> None:
+    def __init__(
+        self,
+        request: Request,
+        parent_run_id: str,
+        before_work: Callable[[Step[Any, Any]], None] | None = None,
+    ) -> None:
         super().__init__(request)
+        self._before_work = before_work
         self._parent = parent_run_id
         self._cache = StepCache()
         self._held = ExitStack()
@@ -62,6 +73,9 @@ class Pipeline(Follower, AbstractContextManager["Pipeline"]):
             planned = plan(step, request, self._cache)
             there = find_hit(planned, self._cache)
             self._held.enter_context(self._cache.using([there]))
+        if there is None and step.cached and self._before_work is not None:
+            before_work, self._before_work = self._before_work, None
+            before_work(step)
         if step.in_main_process or there:
             outcome = carry_out(step, request, parent_run_id=self._parent)
         else:

@@ -67,7 +67,10 @@ class Fetch(Step[NoInputs, NoRecord]):
         from phi3_mlflow.sources.fetch import size_of_source
 
         spec = parse_source(request.profile.origin)
-        size = size_of_source(spec, base_dir=request.base_directory)
+        try:
+            size = size_of_source(spec, base_dir=request.base_directory)
+        except EnvironmentProblem:  # the source cannot be asked now
+            return None
         if size is None:
             return None
         what = "download and of disk" if isinstance(spec, HubSource) else "disk"

@@ -5,8 +5,9 @@
     python -m steps.main --profile smollm2-135m --algorithm rtn
 
 Each step is a child run of one parent run. What an earlier run has made already is taken from the
-cache; when nothing has changed, nothing is done. Ends with code 3 when the gate refuses the
-version: the alias `champion` then stays where it was.
+cache; when nothing has changed, nothing is done. Before the first step that has work it is said
+what memory, disk and roughly what time the run needs, and a machine that is too small is refused.
+Ends with code 3 when the gate refuses the version: the alias `champion` then stays where it was.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.loading import find_profile, profile_names
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
@@ -27,7 +30,7 @@ from phi3_mlflow.evaluation.metrics import headline
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.pipeline.dry_run import foretell, text
 from phi3_mlflow.pipeline.runner import Pipeline
-from phi3_mlflow.pipeline.sequence import Done, Part, follow
+from phi3_mlflow.pipeline.sequence import Done, Part, follow, needed
 from phi3_mlflow.stages import (
     evaluate,
     export,
@@ -40,6 +43,7 @@ from phi3_mlflow.stages import (
     train,
 )
 from phi3_mlflow.stages.evaluate import headline_metrics
+from phi3_mlflow.stages.foresight import foreseen_for, refuse_what_does_not_fit
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 from phi3_mlflow.tracking.runs import step_run
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phi3_mlflow.config.profile import Profile
+    from phi3_mlflow.pipeline.step import Step
 
 FETCH, TRAIN, SEARCH = fetch.STEP, train.STEP, search.STEP
 QUANTIZE, EXPORT = quantize.STEP, export.STEP
@@ -117,12 +122,14 @@ class Main(Command):
             connect()
             moved = fetch.followed(request)
             forecasts = foretell(sequence(moved), request)
-            print(text(forecasts, fetch.where(request, moved)), flush=True)
+            todo = [forecast.step for forecast in forecasts if forecast.reason]
+            foreseen = foreseen_for(request, StepCache(), todo)
+            print(text(forecasts, fetch.where(request, moved), foreseen), flush=True)
             return
         with step_run("main", request.profile.name) as run:
             aside = set() if request.profile.search.on else {"search"}
             run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
-            with Pipeline(request, run.run_id) as pipeline:
+            with Pipeline(request, run.run_id, partial(say_what_is_needed, request)) as pipeline:
                 done = follow(sequence(fetch.followed(request)), pipeline)
                 run.log_headline(headline_metrics(done.record(EVALUATE).challenger))
                 report(request, pipeline, done)
@@ -139,6 +146,21 @@ class Main(Command):
 def sequence(moved: Mapping[str, str]) -> tuple[Part, ...]:
     """The steps, the first of them told where the branch that the profile follows is now."""
     return (Part(FETCH, lambda done: moved), *SEQUENCE[1:])
+
+
+def say_what_is_needed(request: Request, first: Step[Any, Any]) -> None:
+    """Say what the steps from the first on need, where that is known, or refuse the run.
+
+    Raises:
+        EnvironmentProblem: the machine is too small.
+    """
+    names = [step.name for step in needed(SEQUENCE, request.profile)]
+    cache = StepCache()
+    foreseen = foreseen_for(request, cache, names[names.index(first.name) :])
+    if foreseen:
+        lines = [f"  {step:<9} {needs}" for step, needs in foreseen.items()]
+        console.say("\n".join(["This run needs, beside what is in the cache:", *lines]))
+        refuse_what_does_not_fit(request.profile, foreseen, cache.root)
 
 
 def report(request: Request, pipeline: Pipeline, done: Done) -> None:
