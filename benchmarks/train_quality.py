@@ -6,7 +6,8 @@
 BASE is what `fetch` left, TRAINED what `train` made of it with `--data`. The task is measured on
 the rows of the data that were set aside for validation and on all rows of the held-out file: greedy
 answers, right when they are the same JSON (or, for other answers, the same text). Accuracy in
-general is that of the questions of the project, perplexity that of its held-out texts.
+general is that of the questions of the project, perplexity that of its held-out texts. KL is the
+divergence from the fine-tuned model in float32, on those texts and on the held-out rows.
 
 Beside the profile's own int4, with several shares of training rows among what it is calibrated
 with, stand the usual ways: peft's merge in bfloat16, then rounding to the nearest or k_quant.
@@ -47,7 +48,8 @@ class Sets:
     rows: list[tuple[Messages, str]]
     questions: list[Any]
     texts: Any
-    window: int
+    written: Any
+    window: int = 512
 
 
 def main() -> None:
@@ -62,14 +64,17 @@ def main() -> None:
     sets = load_sets(args, [(row[:-1], row[-1]["content"]) for row in rows])
     print(f"{len(train)} rows were trained on, {len(rows)} are asked", flush=True)
     found = measure_all(args, train, sets)
+    if args.no_answers:
+        return
     base, merged = found["base, float32"]["task"], found["fine-tuned, float32"]["task"]
     table = [
         [
             name,
             round(100 * values["task"], 1),
             None if name.endswith("float32") else kept(values["task"], base, merged),
-            round(100 * values["accuracy"], 1) if "accuracy" in values else None,
-            round(values["perplexity"], 2) if "perplexity" in values else None,
+            round(values["task_kl"], 4) if "task_kl" in values else None,
+            round(100 * values["accuracy"], 1),
+            round(values["perplexity"], 2),
             round(values["kl"], 4) if "kl" in values else None,
             round(values["bytes"] / 1e6, 1),
         ]
@@ -78,7 +83,16 @@ def main() -> None:
     write_result(
         "train_quality",
         "What a fine-tune keeps in int4, SmolLM2-135M-Instruct in Phi-3's architecture",
-        ["model", "task (%)", "gain kept (%)", "general (%)", "perplexity", "KL", "data (MB)"],
+        [
+            "model",
+            "task (%)",
+            "gain kept (%)",
+            "KL, task",
+            "general (%)",
+            "perplexity",
+            "KL, general",
+            "data (MB)",
+        ],
         table,
         notes=(
             f"Task: {len(rows)} held-out tickets, answered greedily, right when the JSON is the "
@@ -120,7 +134,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--rows", type=int, help="so many held-out rows only")
     parser.add_argument("--only", help="a part of the names of candidates beside float32")
-    parser.add_argument("--no-general", action="store_true", help="the task only")
+    parser.add_argument("--no-answers", action="store_true", help="the divergences only; no table")
     parser.add_argument("--quick", action="store_true", help="the quick questions and texts only")
     return parser.parse_args()
 
@@ -138,15 +152,20 @@ def split(data: Path, settings: dict[str, Any]) -> tuple[list[Messages], list[Me
 
 
 def load_sets(args: argparse.Namespace, rows: list[tuple[Messages, str]]) -> Sets:
-    """The rows, and the general sets unless they are not wanted."""
+    """The rows, and the general sets."""
+    from transformers import AutoTokenizer
+
     from phi3_mlflow.evaluation import datasets
     from phi3_mlflow.evaluation.divergence import tokenize
 
-    if args.no_general:
-        return Sets(rows, [], None, 512)
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    said = [[*asked, {"role": "assistant", "content": answer}] for asked, answer in rows]
+    written = [(str(i), written_out(tokenizer, one)) for i, one in enumerate(said)]
     texts = [(text.id, text.text) for text in datasets.load_heldout(quick=args.quick)]
     questions = datasets.load_questions(quick=args.quick)
-    return Sets(rows, questions, tokenize(args.base, texts), 512)
+    if args.no_answers:
+        rows, questions = [], []
+    return Sets(rows, questions, tokenize(args.base, texts), tokenize(args.base, written))
 
 
 def candidates(
@@ -196,9 +215,9 @@ def in_full(checkpoint: Path, reference: Path, sets: Sets) -> dict[str, float]:
 
     found = measured(lambda asked: torch_answers(checkpoint, asked), sets)
     found["bytes"] = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    if sets.texts is not None:
-        pair = TorchLogits(reference), TorchLogits(checkpoint)
-        found["perplexity"] = compare(*pair, sets.texts, sets.window).metrics()["perplexity"]
+    pair = TorchLogits(reference), TorchLogits(checkpoint)
+    for name, texts in (("perplexity", sets.texts), ("task_perplexity", sets.written)):
+        found[name] = compare(*pair, texts, sets.window).metrics()["perplexity"]
     return found
 
 
@@ -218,10 +237,10 @@ def in_int4(
     export_onnx(int4, onnx, precision="int4", accuracy_level=settings.accuracy_level)
     found = measured(lambda asked: onnx_answers(onnx, args.base, asked), sets)
     found["bytes"] = sum(f.stat().st_size for f in onnx.glob("*.onnx.data"))
-    if sets.texts is not None:
-        pair = TorchLogits(args.trained), OnnxLogits(onnx)
-        metrics = compare(*pair, sets.texts, sets.window).metrics()
-        found |= {"perplexity": metrics["perplexity"], "kl": metrics["kl_mean"]}
+    pair = TorchLogits(args.trained), OnnxLogits(onnx)
+    for name, texts in (("", sets.texts), ("task_", sets.written)):
+        metrics = compare(*pair, texts, sets.window).metrics()
+        found |= {f"{name}perplexity": metrics["perplexity"], f"{name}kl": metrics["kl_mean"]}
     shutil.rmtree(int4)
     shutil.rmtree(onnx)
     return found
@@ -231,15 +250,14 @@ def measured(answers: Callable[[list[Asked]], list[str]], sets: Sets) -> dict[st
     """How often a model is right about the rows and the questions."""
     from phi3_mlflow.evaluation.checks import check_answer
 
+    if not sets.rows:
+        return {}
     said = answers([(messages, ANSWER_TOKENS) for messages, _ in sets.rows])
     right = [same(answer, row[1]) for answer, row in zip(said, sets.rows, strict=True)]
-    found = {"task": sum(right) / len(right)}
-    if sets.questions:
-        asked = [([m.model_dump() for m in q.messages], q.max_tokens) for q in sets.questions]
-        both = zip(sets.questions, answers(asked), strict=True)
-        correct = [check_answer(question.check, answer) for question, answer in both]
-        found["accuracy"] = sum(correct) / len(correct)
-    return found
+    asked = [([m.model_dump() for m in q.messages], q.max_tokens) for q in sets.questions]
+    both = zip(sets.questions, answers(asked), strict=True)
+    correct = [check_answer(question.check, answer) for question, answer in both]
+    return {"task": sum(right) / len(right), "accuracy": sum(correct) / len(correct)}
 
 
 def same(answer: str, wanted: str) -> bool:
@@ -262,7 +280,7 @@ def torch_answers(checkpoint: Path, asked: list[Asked]) -> list[str]:
     for start in range(0, len(order), BATCH):
         some = order[start : start + BATCH]
         batch = tokenizer(
-            [written(tokenizer, asked[i][0]) for i in some],
+            [written_out(tokenizer, asked[i][0]) for i in some],
             return_tensors="pt",
             padding=True,
             add_special_tokens=False,
@@ -290,7 +308,7 @@ def onnx_answers(onnx: Path, checkpoint: Path, asked: list[Asked]) -> list[str]:
     model = og.Model(config)
     said = []
     for messages, most in asked:
-        prompt = tokenizer(written(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(written_out(tokenizer, messages), add_special_tokens=False)["input_ids"]
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=len(prompt) + most, do_sample=False)
         generator = og.Generator(model, params)
@@ -302,9 +320,10 @@ def onnx_answers(onnx: Path, checkpoint: Path, asked: list[Asked]) -> list[str]:
     return said
 
 
-def written(tokenizer: Any, messages: Messages) -> str:
-    """A conversation as the model reads it, up to where it answers."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def written_out(tokenizer: Any, messages: Messages) -> str:
+    """A conversation as the model reads it, up to where it answers, or the whole of it."""
+    asks = messages[-1]["role"] == "user"
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
 
 def kept(int4: float, base: float, merged: float) -> float | None:
