@@ -193,7 +193,7 @@ def _request(
     max_tokens = fields.whole("max_tokens", None, 1, context)
     n = fields.whole("n", 1, 1, MAX_CHOICES) or 1
     stop = fields.stop()
-    top_logprobs, schema = fields.top_logprobs(), fields.schema()
+    top_logprobs, schema = fields.top_logprobs(), fields.schema(max_tokens or context)
     if "stream" in fields.row and not isinstance(fields.row["stream"], bool):
         fields.problems.append(
             f"stream: expected true or false, found {kind_of(fields.row['stream'])}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from .json_schema import bounded
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 64
@@ -81,8 +82,12 @@ class RequestFields:
             self.problems.append("top_logprobs: needs logprobs: true")
         return (top or 0) if wanted is True else None
 
-    def schema(self) -> str | None:
-        """The JSON schema of `response_format`, as text."""
+    def schema(self, room: int) -> str | None:
+        """The JSON schema of `response_format`, as text.
+
+        Args:
+            room: tokens that an answer may have.
+        """
         wanted = self.row.get("response_format")
         if wanted is None:
             return None
@@ -90,7 +95,7 @@ class RequestFields:
         if kind == "text":
             return None
         if kind == "json_object":
-            return '{"type": "object"}'
+            return bounded({"type": "object"}, room)[0]
         if kind != "json_schema":
             self.problems.append(
                 "response_format: expected an object whose type is text, json_object or json_schema"
@@ -104,7 +109,9 @@ class RequestFields:
                 f"{kind_of(schema)}"
             )
             return None
-        return json.dumps(schema)
+        text, problems = bounded(schema, room)
+        self.problems += [f"response_format.json_schema.schema: {problem}" for problem in problems]
+        return text
 
     def unsupported(self) -> None:
         """Note fields that no model of this project can honour."""

@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from phi3_mlflow.runtime.answer import AnswerBuilder, Choice, TokenLogprob
 from phi3_mlflow.runtime.openai_request import chat_row, completion_rows
+from phi3_mlflow.runtime.request import RequestError
+from phi3_mlflow.runtime.request_fields import RequestFields
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import ClientLeft, Exchange, RequestStats
 from phi3_mlflow.server.guard import json_only, log_failure, read_body
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from phi3_mlflow.server.context import ServerContext
     from phi3_mlflow.server.holder import Loaded
 
+_ANY_ROOM = 8192
+"""Tokens of an answer, for a model that does not say how many it can hold."""
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Kind = Literal["chat", "text"]
 
@@ -123,9 +127,27 @@ def _read(loaded: Loaded, content: dict[str, Any], kind: Kind) -> tuple[dict[str
     """
     if kind == "chat":
         row = chat_row(content)
+        _check_schema(row, getattr(loaded.backend, "context", 0))
         return row, [loaded.backend.parse(row, "chat")]
     rows = completion_rows(content)
     return rows[0], [loaded.backend.parse(row, "prompt") for row in rows]
+
+
+def _check_schema(row: dict[str, Any], context: int) -> None:
+    """Refuse a JSON schema that would end the server, whatever version logged the model.
+
+    Raises:
+        RequestError: it is too large, or demands more than an answer can hold.
+    """
+    fields = RequestFields(row)
+    limit = row.get("max_tokens")
+    room = limit if isinstance(limit, int) and limit > 0 else context or _ANY_ROOM
+    text = fields.schema(min(room, context or _ANY_ROOM))
+    if fields.problems:
+        raise RequestError(fields.problems)
+    if text is not None:
+        schema = {"name": "answer", "schema": json.loads(text)}
+        row["response_format"] = {"type": "json_schema", "json_schema": schema}
 
 
 async def _whole(

@@ -239,6 +239,21 @@ def test_an_answer_is_not_larger_than_the_question() -> None:
         assert "messages: 40000 of them cannot fit" in http.post(CHAT, json=wrong[1]).text
 
 
+@pytest.mark.parametrize("items", [10_000_000, 100_000_000])
+def test_a_schema_that_would_end_the_server_is_refused(items: int) -> None:
+    bomb = {"type": "array", "items": {"type": "integer"}, "minItems": items}
+    asked = {
+        "messages": HELLO,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": bomb}},
+    }
+    with scripted("abc") as up:
+        answer = up.http().post(CHAT, json=asked)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
+        assert "the shortest answer that follows it" in answer.text
+        assert up.openai().chat.completions.create(model="m", messages=HELLO)
+
+
 def test_more_rows_than_are_worth_a_request_are_refused_before_they_are_read() -> None:
     from phi3_mlflow.server.errors import ApiError
     from phi3_mlflow.server.mlflow_routes import MOST_ROWS, _refuse_many_rows

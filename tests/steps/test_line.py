@@ -239,3 +239,34 @@ def test_a_model_that_was_deleted_is_logged_again(line, connected: Workspace) ->
     assert not second.hit
     record = json.loads((second.entry.path / RECORD_NAME).read_text())
     assert record["models"][0]["model_id"] != model_id
+
+
+def test_the_same_model_is_one_version_and_no_alias_moves_by_itself(tmp_path: Path) -> None:
+    place = Workspace(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        place.enter(patch)
+        profile = write_profile(place.folder)
+        for algorithm in ("rtn", "k_quant"):
+            done = place.step(
+                "main", "--profile", str(profile), "--algorithm", algorithm, "--flavor", "onnx"
+            )
+            assert done.returncode in (0, EXIT_GATE), done.stdout + done.stderr
+        assert registry.alias_of("tiny", "challenger") == "2"
+        # Nothing to do for the older one: it is not made the challenger by that.
+        for more in ((), ("--force", "export"), ("--flavor", "both")):
+            done = place.step("main", "--profile", str(profile), *more)
+            assert done.returncode in (0, EXIT_GATE), done.stdout + done.stderr
+            expected = "3" if more == ("--flavor", "both") else "2"
+            found = registry.client().search_model_versions("name='tiny'")
+            assert len(found) == int(expected)
+            assert registry.alias_of("tiny", "challenger") == "2", more
+        assert "challenger stays with version 2" in done.stderr
+        contents = [(v.tags["artifact_sha256"], v.tags["flavor"]) for v in found]
+        assert len(set(contents)) == len(contents)
+        elsewhere = Workspace(tmp_path / ".." / tmp_path.name)  # the same store, spelled anew
+        done = elsewhere.step("main", "--profile", str(profile), "--flavor", "both")
+        assert done.returncode in (0, EXIT_GATE), done.stdout + done.stderr
+        assert len(registry.client().search_model_versions("name='tiny'")) == 3
+        done = place.step("register", "--profile", str(profile), "--force", "true")
+        assert done.returncode == 0, done.stderr
+        assert "moved back to it from version 2" in done.stderr
