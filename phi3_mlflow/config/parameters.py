@@ -82,6 +82,7 @@ _ALL = (
               choices=("local", "spark")),
     Parameter("master", "score on Spark: local[N], spark://HOST:PORT, yarn; auto: this machine"),
     Parameter("workers", "processes with a model each; auto: as many as cores and memory take"),
+    Parameter("max_failed", "score: rows that may fail, a number or as 5%; auto: any"),
     Parameter("batch_size", "score: rows handed to a worker, and kept, together; auto: 16"),
     Parameter("max_tokens", "new tokens of an answer; auto: as the model says"),
     Parameter("temperature", "0 to 2, 0 takes the likeliest token; auto: as the model says"),

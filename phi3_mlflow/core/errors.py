@@ -44,6 +44,12 @@ class GateRefused(ProjectError):
     exit_code = EXIT_GATE
 
 
+class TooManyFailed(ProjectError):
+    """More rows of a scored file failed than were allowed; the output is there."""
+
+    exit_code = EXIT_GATE
+
+
 class NotReproduced(ProjectError):
     """A version that was made again came out with other bytes; nothing was changed."""
 

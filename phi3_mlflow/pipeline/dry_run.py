@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from phi3_mlflow.config.parameters import Request
 
 
+UNLESS_EQUAL = "unless the step before leaves the same bytes as the last time"
+"""Why a step would run whose input is made anew."""
+
+
 class Unknown(Exception):
     """From here on nothing can be foretold: it depends on what a step would make."""
 
@@ -53,6 +57,7 @@ class DryRun(Follower):
         super().__init__(request)
         self._cache = StepCache()
         self.forecasts: list[Forecast] = []
+        self._perhaps = False
 
     def run(self, step: Step[Any, Rec], **results: object) -> Outcome[Rec]:
         """Foretell a step.
@@ -68,6 +73,7 @@ class DryRun(Follower):
             why = reason(planned, last, request.flag("force"))
             foreseen = step.foresee(request, planned.inputs)
             self.forecasts.append(Forecast(step.name, why, last, foreseen))
+            self._perhaps = last is not None and may_come_out_the_same(planned, last)
             raise Unknown
         self.forecasts.append(Forecast(step.name, None, entry))
         return Outcome(step, entry, True, str(entry.origin.get("run_id", "")))
@@ -77,7 +83,7 @@ class DryRun(Follower):
         known = {forecast.step for forecast in self.forecasts}
         for step in steps:
             if step.name not in known:
-                why = "its input would be new"
+                why = UNLESS_EQUAL if self._perhaps else "its input would be new"
                 self.forecasts.append(Forecast(step.name, why, self._last(step)))
 
     def _last(self, step: Step[Any, Any]) -> Entry | None:
@@ -106,6 +112,16 @@ def reason(planned: PlannedStep[Any], last: Entry | None, forced: bool) -> str:
     if not changed:
         return "what it left is no longer whole, or no longer in MLflow"
     return "changed: " + ", ".join(changed)
+
+
+def may_come_out_the_same(planned: PlannedStep[Any], last: Entry) -> bool:
+    """Whether a step that runs may leave what it left the last time, byte for byte.
+
+    So it is when the step is forced, or when code or libraries changed and nothing else: the steps
+    after it then find their output in the cache.
+    """
+    old, new = last.origin.get("parts", {}), planned.parts
+    return all(old.get(name) == new.get(name) for name in ("settings", "inputs"))
 
 
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -159,6 +175,7 @@ def text(
         for f in forecasts
     ]
     todo = [forecast.step for forecast in forecasts if forecast.reason]
-    last = f"{len(todo)} of {len(forecasts)} steps would run."
+    perhaps = any(forecast.reason == UNLESS_EQUAL for forecast in forecasts)
+    last = f"{'At most ' * perhaps}{len(todo)} of {len(forecasts)} steps would run."
     head = ["Plan (nothing is done):", *([f"  {before}"] if before else [])]
     return "\n".join([*head, *(f.line() for f in forecasts), last])

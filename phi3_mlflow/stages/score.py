@@ -5,21 +5,23 @@
     python -m steps.score --input q.parquet --output a.parquet --engine spark --workers 4
 
 JSONL, CSV or Parquet with a column `prompt` or `messages`; added are response, finish_reason,
-prompt_tokens, completion_tokens and error. A row that fails carries its error. A run that is
+prompt_tokens, completion_tokens and error. A row that fails carries its error; with more of them
+than max_failed it ends with code 3, the output written. A run that is
 stopped, however, goes on where it was when the same is asked again. The model is the champion of
 the profile unless model_uri names another.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
-from phi3_mlflow.core.errors import UserError, problem_list
+from phi3_mlflow.core.errors import TooManyFailed, UserError, problem_list
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
 from phi3_mlflow.scoring.score import score
@@ -40,13 +42,14 @@ class Score(Command):
 
     name = "score"
     parameters = (
-        "profile", "input", "output", "model_uri", "engine", "master", "workers", "batch_size",
+        "profile", "input", "output", "model_uri", "max_failed", "engine", "master", "workers",
+        "batch_size",
         "batch", "max_tokens", "temperature", "top_p", "seed", "force", "quiet",
     )  # fmt: skip
     choices = {"force": ("true", "false")}  # noqa: RUF012 (as in Command)
 
     def run(self, request: Request) -> None:
-        job = read_job(request)
+        job, bound = read_job(request), max_failed(request)
         with step_run("score", request.profile.name) as run:
             job = replace(job, model_uri=model_uri(request))
             console.say(f"score: {job.input} with {job.model_uri}")
@@ -55,7 +58,50 @@ class Score(Command):
             if done.was_there:
                 console.say("score: nothing to do, the output is there")
             log_summary(job, done)
+            if bound is not None and done.failed > (allowed := bound.of(done.rows)):
+                raise TooManyFailed(
+                    f"{done.failed} of {done.rows} rows failed; max_failed = {bound.text} allows "
+                    f"{allowed}. The answers, and why these rows have none, are in {job.output}"
+                )
             print(summary(job, done, run), flush=True)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How many rows may fail.
+
+    Attributes:
+        text: as it was given.
+        count: rows, or None where it is a part of them.
+        part: of all rows, 0 to 1.
+    """
+
+    text: str
+    count: int | None
+    part: float = 0.0
+
+    def of(self, rows: int) -> int:
+        """Rows that may fail of so many."""
+        return int(rows * self.part) if self.count is None else self.count
+
+
+def max_failed(request: Request) -> Bound | None:
+    """The bound on failed rows; None for none.
+
+    Raises:
+        UserError: it is neither a number nor a percentage.
+    """
+    text = request.value("max_failed").strip()
+    if text == AUTO:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return Bound(text, int(text))
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+    if found is None or float(found[1]) > 100:
+        raise UserError(
+            f"parameter: max_failed = {text!r}: expected a number of rows, or a part of them as 5%"
+        )
+    return Bound(text, None, float(found[1]) / 100)
 
 
 def read_job(request: Request) -> ScoringJob:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
+from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -45,7 +48,11 @@ def connect() -> str:
 
     # The schema of a new database is made in some fifty steps, each a line; none says anything.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # MLflow's own bars, and lines with the address of each run.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
+    check_server(uri)
     try:
         mlflow.set_tracking_uri(uri)
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
@@ -54,8 +61,65 @@ def connect() -> str:
             with StepCache().locked("tracking", key_of({"tracking": tracking_identity()})):
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME))
     except MlflowException as error:
+        if "deleted experiment" in str(error):
+            raise EnvironmentProblem(_deleted_experiment()) from error
         raise EnvironmentProblem(
             f"MLflow's tracking store {uri} cannot be used: {error}\n"
             f"Set MLFLOW_TRACKING_URI to a database or a server, for example {DEFAULT_TRACKING_URI}"
         ) from error
     return uri
+
+
+def _deleted_experiment() -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_NAME)
+    return (
+        f"the experiment {name} was deleted, and MLflow takes no runs into it.\n"
+        "Bring it back:  mlflow experiments restore --experiment-id ID  (the id:  mlflow "
+        "experiments search --view deleted_only), or set MLFLOW_EXPERIMENT_NAME to another name"
+    )
+
+
+_PROBE_S = 5.0
+_PAUSES_S = (2.0, 5.0)
+_answered: set[str] = set()
+
+
+def check_server(uri: str) -> None:
+    """See that a tracking server is there: MLflow's own attempts go on for minutes, silently.
+
+    Args:
+        uri: of the tracking store; those that are no server are not looked at.
+
+    Raises:
+        EnvironmentProblem: nobody answers, after three attempts that were told.
+    """
+    if not uri.startswith(("http://", "https://")) or uri in _answered:
+        return
+    shown = tracking_identity()
+    for pause in (*_PAUSES_S, None):
+        problem = _unreachable(uri)
+        if problem is None:
+            _answered.add(uri)
+            return
+        if pause is not None:
+            console.say(f"The tracking server {shown} does not answer ({problem}); "
+                        f"trying again in {pause:g} s")  # fmt: skip
+            time.sleep(pause)
+    raise EnvironmentProblem(
+        f"the tracking server {shown} does not answer: {problem}.\n"
+        "Start it, or set MLFLOW_TRACKING_URI to another one, or to a database: "
+        f"{DEFAULT_TRACKING_URI}"
+    )
+
+
+def _unreachable(uri: str) -> str | None:
+    """Why nobody takes a connection at the address of a server; None when somebody does."""
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=_PROBE_S).close()
+    except TimeoutError:
+        return f"no connection within {_PROBE_S:g} s"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

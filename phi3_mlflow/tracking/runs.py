@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.git import origin
@@ -39,10 +40,11 @@ _PARAMS_AT_ONCE = 100  # and more in one request
 class StepRun:
     """A step's MLflow run while the step is at work."""
 
-    def __init__(self, run: mlflow.ActiveRun, tracking_uri: str) -> None:
+    def __init__(self, run: mlflow.ActiveRun, tracking_uri: str, *, child: bool = False) -> None:
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.tracking_uri = tracking_uri
+        self._child = child
         self._meter = ResourceMeter()
 
     def log_settings(self, settings: Mapping[str, Any], inputs: Mapping[str, Input[Any]]) -> None:
@@ -151,6 +153,8 @@ class StepRun:
         mlflow.log_metrics(metrics)
         mlflow.log_dict(json.loads(entry.manifest.to_json()), f"manifest/{step}.json")
         mlflow.set_tags({"output_sha256": entry.manifest.digest, "output_path": str(entry.path)})
+        if self._child and console.is_quiet():  # main's own line is the one of a quiet run
+            return
         print(
             summary_line(
                 step=step,
@@ -186,7 +190,7 @@ def step_run(step: str, profile: str, parent_run_id: str | None = None) -> Itera
             }
         )
         try:
-            yield StepRun(run, mlflow.get_tracking_uri())
+            yield StepRun(run, mlflow.get_tracking_uri(), child=parent_run_id is not None)
         except ProjectError as error:
             mlflow.set_tag("error", str(error)[:_PARAM_LIMIT])
             raise

@@ -1,0 +1,74 @@
+"""A tracking store that is away, or an experiment that was deleted, is told in seconds, aloud."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+
+from phi3_mlflow.core.errors import EnvironmentProblem
+from phi3_mlflow.tracking import connection
+from tests.conftest import Workspace
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(connection, "_answered", set())
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_a_server_that_is_away_is_told_with_each_attempt(
+    free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"http://me:secret@127.0.0.1:{free_port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(EnvironmentProblem, match="does not answer: Connection refused") as told:
+        connection.connect()
+    heard = capsys.readouterr().err
+    assert heard.count("trying again in") == 2
+    assert "secret" not in heard + str(told.value)
+
+
+def test_a_server_that_is_there_is_asked_once(listening: int) -> None:
+    uri = f"http://127.0.0.1:{listening}"
+    connection.check_server(uri)
+    assert uri in connection._answered
+    connection.check_server(uri)
+
+
+def test_a_name_that_nobody_has() -> None:
+    with pytest.raises(EnvironmentProblem, match="does not answer"):
+        connection.check_server("http://nobody.invalid:5000")
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///x.db", "postgresql://h/d", "databricks"])
+def test_what_is_no_server_is_not_probed(uri: str) -> None:
+    connection.check_server(uri)
+
+
+def test_a_deleted_experiment_says_how_to_bring_it_back(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection.connect()
+    found = mlflow.get_experiment_by_name(connection.EXPERIMENT_NAME)
+    assert found is not None
+    mlflow.delete_experiment(found.experiment_id)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow leaves it there
+    with pytest.raises(EnvironmentProblem, match="experiments restore") as told:
+        connection.connect()
+    assert "MLFLOW_TRACKING_URI" not in str(told.value)
