@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from phi3_mlflow.artifacts.inputs import Folder, Input
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.pipeline.step import slot
 from phi3_mlflow.tracking.row_sources import local_rows
 from phi3_mlflow.training.row_files import is_pattern, row_files
@@ -117,7 +118,7 @@ def preceding_output(
         return entry
     raise UserError(
         f"parameter: {name} = 'auto': step {step} has left nothing for profile {profile} in "
-        f"{cache.root}.\nRun  mlflow run . -e {step} -P profile={profile}  first, or name one: "
+        f"{cache.root}.\nRun  {run_command(step, profile=profile)}  first, or name one: "
         f"-P {name}=..."
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.rows.faults import shown
 from phi3_mlflow.rows.strict_json import read_json
-from phi3_mlflow.runtime.openai_request import plain_messages
+from phi3_mlflow.runtime.plain_messages import plain_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

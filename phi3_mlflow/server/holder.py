@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.server.backend import Backend, backend_of
 from phi3_mlflow.tracking import registry
 
@@ -87,7 +88,7 @@ def resolve(uri: str, client: MlflowClient | None = None) -> Target:
             what = f"alias {alias}" if alias is not None else f"version {version}"
             raise UserError(
                 f"model_uri: {uri}: the registry has no {what} of a model {name}.\n"
-                "`mlflow run . -e main` makes, checks and promotes one; `mlflow ui` shows those "
+                f"`{run_command()}` makes, checks and promotes one; `mlflow ui` shows those "
                 "there are"
             ) from None
         raise

@@ -19,6 +19,7 @@ from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.inputs import full_precision, rows_input
@@ -59,8 +60,9 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         if request.profile.search.on:
             raise UserError(
                 "quantize rounds in one way, and algorithm search is a choice among several: run\n"
-                "  mlflow run . -e search\nwhich leaves the best candidate for the steps after it, "
-                "or main, which does so by itself."
+                f"  {run_command('search')}\n"
+                "which leaves the best candidate for the steps after it, or main, which does so by "
+                "itself."
             )
         checkpoint = full_precision(request, cache)
         return QuantizeInputs(checkpoint, calibration_rows(request, checkpoint.value))

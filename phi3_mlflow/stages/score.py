@@ -22,6 +22,7 @@ from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import TooManyFailed, UserError, problem_list
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
 from phi3_mlflow.scoring.score import score
@@ -186,7 +187,7 @@ def model_uri(request: Request) -> str:
         if champion is None:
             raise UserError(
                 f"parameter: model_uri = 'auto': no version of {name} carries the alias "
-                f"{registry.CHAMPION}.\nRun  mlflow run . -P profile={request.profile.name}  "
+                f"{registry.CHAMPION}.\nRun  {run_command(profile=request.profile.name)}  "
                 "first, or name a model: -P model_uri=models:/NAME/1"
             )
         return f"models:/{name}/{champion}"

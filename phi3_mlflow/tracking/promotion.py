@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from phi3_mlflow.artifacts.cache import cache_root, key_of
 from phi3_mlflow.core.errors import EnvironmentProblem, GateRefused, UserError
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.tracking.connection import connect
 from phi3_mlflow.tracking.registry import (
     CHAMPION,
@@ -93,7 +94,7 @@ def _decide(version: VersionName, *, overrule: bool) -> Promotion | None:
     if gate is None and not overrule:
         raise UserError(
             f"{version.uri} has not been evaluated, so there is no verdict to act on.\n"
-            f"Run  mlflow run . -e evaluate -P version={version.uri}  first."
+            f"Run  {run_command('evaluate', version=version.uri)}  first."
         )
     if gate != "passed" and not overrule:
         stays = f"stays with version {before}" if before else "stays unset"
@@ -125,7 +126,7 @@ def _reason_to_stay(
         raise UserError(
             f"{version.uri} was compared with {with_what}, but the {CHAMPION} is now version "
             f"{champion.version}: the verdict says nothing about the two.\n"
-            f"Run  mlflow run . -e evaluate -P version={version.uri}  again, or overrule=true."
+            f"Run  {run_command('evaluate', version=version.uri)}  again, or overrule=true."
         )
     if tags.get("gate_decision") == "keep":
         return f"{version.uri} is not promoted: {tags.get('gate_reasons', '')}"

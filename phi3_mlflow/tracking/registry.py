@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.tracking.connection import connect
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def find_version(text: str, name: str) -> VersionName:
         if found is None:
             raise UserError(
                 f"parameter: version = 'auto': no version of {name} carries the alias "
-                f"{CHALLENGER}.\nRun  mlflow run . -e register  first, or name a version: "
+                f"{CHALLENGER}.\nRun  {run_command('register')}  first, or name a version: "
                 "-P version=3"
             )
         return VersionName(name, found)
