@@ -2,8 +2,7 @@
 
     python benchmarks/gate_false_promotions.py [--trials 100] [--rows 100]
 
-A tiny model learns which of five words belongs to each of sixty keys, by LoRA through the project's
-own training. What is measured:
+A tiny model learns which of five words belongs to each of sixty keys. What is measured:
 
 - Null fine-tunes. `shuffled`: labels in disorder, judged against the base. `the same again`: other
   rows of the same kind, another seed, judged against the fine-tune before it. Each trial trains a
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' t
 from _result import write_result
 
 from phi3_mlflow.core import console
-from phi3_mlflow.core.progress import no_progress
 from phi3_mlflow.evaluation.baseline import measure_checkpoint
 from phi3_mlflow.evaluation.gate import check_thresholds, trained_verdict
 from phi3_mlflow.evaluation.items import HeldoutText
@@ -47,12 +46,11 @@ from phi3_mlflow.evaluation.settings import Margin, TrainedGateSettings
 from phi3_mlflow.evaluation.task import Task, read_task, task_metrics
 from phi3_mlflow.training.conversations import Conversation, Message
 from phi3_mlflow.training.masking import TokenizedRow, tokenize_rows
-from phi3_mlflow.training.merge import merge_adapter
-from phi3_mlflow.training.settings import TrainSettings
 from phi3_mlflow.training.task import write_validation
-from phi3_mlflow.training.train import labels_of, train
+from phi3_mlflow.training.train import labels_of
 from tests.fixtures.tiny_phi3 import make_tiny
 
+BATCH = 32
 KEYS, WORDS = 60, ("red", "blue", "green", "white", "black")
 KNOWN = 36  # keys that a model of the null trials is taught
 TEXTS = 8
@@ -64,11 +62,6 @@ GATE = TrainedGateSettings(
 )
 
 
-class _Deaf:
-    def begins(self, step: int, steps: int) -> None: ...
-    def point(self, step: int, values: Any) -> None: ...
-
-
 def label(key: int) -> str:
     """The word that belongs to a key."""
     return WORDS[(key * 7 + key // 5) % len(WORDS)]
@@ -76,8 +69,8 @@ def label(key: int) -> str:
 
 def row(rng: random.Random, key: int, word: str) -> Conversation:
     """Noise around a key, and the word that is to be answered."""
-    noise = "".join(rng.choice("abcdefgh") for _ in range(6))
-    said = Message("user", f"{noise} k{key:02d} {noise[::-1]}"), Message("assistant", word)
+    noise = "".join(rng.choice("abcdefgh") for _ in range(3))
+    said = Message("user", f"{noise} k{key:02d}"), Message("assistant", word)
     return Conversation.of(said)
 
 
@@ -97,7 +90,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = folder / "base"
-        make_tiny(self.base, "phi-4-mini", hidden_size=64, num_hidden_layers=2)
+        make_tiny(self.base)
         self._pretrain()
         self._made = 0
         rng = random.Random(5)
@@ -110,33 +103,19 @@ class Bench:
         """Teach the base to answer with one of the words, any of them."""
         made = tokenize_rows(self.base, rows(1, 1200, KEYS, shuffled=True), max_length=256).rows
         model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        torch.manual_seed(0)
-        for step in range(150):
-            ids, labels = _batch(made[(step * 16) % 1184 : (step * 16) % 1184 + 16])
-            loss = model(ids, labels=labels).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        _fit(model, made, steps=200, learning_rate=3e-3, seed=0)
         model.save_pretrained(self.base)
 
     def tuned(self, data: Sequence[Conversation], seed: int) -> Path:
-        """A fine-tune of the base, merged."""
+        """A fine-tune of the base."""
         self._made += 1
         place = self.folder / f"tuned-{self._made}"
-        adapter = place / "adapter"
-        adapter.mkdir(parents=True)
-        settings = TrainSettings(
-            data=Path("rows.jsonl"), learning_rate=1e-2, num_train_epochs=4, lora_r=8,
-            lora_alpha=16, per_device_train_batch_size=16, save_steps=10_000, seed=seed, threads=2,
-        )  # fmt: skip
+        shutil.copytree(self.base, place)
         made = tokenize_rows(self.base, data, max_length=256).rows
-        train(
-            self.base, made, (), settings, folder=place / "run", out=adapter,
-            base_model="base", listener=_Deaf(),
-        )  # fmt: skip
-        merge_adapter(self.base, adapter, place / "merged", no_progress)
-        return place / "merged"
+        model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        _fit(model, made, steps=120, learning_rate=1e-3, seed=seed)
+        model.save_pretrained(place)
+        return place
 
     def measured(self, checkpoint: Path, task: Task) -> Measurement:
         """The general texts and the task."""
@@ -145,12 +124,25 @@ class Bench:
     def task(self, seed: int, count: int) -> Task:
         """Rows of all keys that are set aside."""
         held = self.folder / f"held-{seed}"
-        make_tiny(held, "phi-4-mini")
+        make_tiny(held)
         data = rows(seed, count, KEYS)
         write_validation(held, data, {one.id for one in data})
         task = read_task(held, "text", count)
         assert task is not None
         return task
+
+
+def _fit(
+    model: Any, data: Sequence[TokenizedRow], *, steps: int, learning_rate: float, seed: int
+) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for _ in range(steps):
+        chosen = torch.randint(len(data), (BATCH,), generator=drawn).tolist()
+        ids, labels = _batch([data[index] for index in chosen])
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _batch(some: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,9 +232,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="rows set aside")
     chosen = parser.parse_args()
     console.set_quiet(True)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
+        torch.set_num_threads(1)  # a model so small gains nothing from more
         table = null_trials(bench, chosen.trials, chosen.rows)
         write_result(
             "gate_false_promotions",
@@ -250,7 +243,7 @@ def main() -> None:
             ["null fine-tune", "trials", "mean accuracy", "promoted by the gate",
              "by raw scores"],
             table,
-            notes="A tiny model, LoRA through the project's training, measured in full precision. "
+            notes="A tiny model, all of its weights fine-tuned, measured in full precision. "
             "Each trial has a model and rows of its own; by raw scores: promoted when the share of "
             "right answers is higher than the other's.",
         )  # fmt: skip
