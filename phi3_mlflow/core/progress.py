@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.console import is_quiet, say
 
@@ -104,6 +104,14 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Meter]:
                 bar.advance(task, amount)
 
         yield _Bar()
+
+
+def hide_bars_of_transformers() -> None:
+    """Keep transformers from drawing bars of its own, which a log has no use for."""
+    from transformers import utils
+
+    library: Any = utils.logging
+    library.disable_progress_bar()
 
 
 class _Lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.core.progress import hide_bars_of_transformers
 from phi3_mlflow.evaluation.answers import Answer, repeats
 from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.divergence import batches
@@ -39,6 +40,7 @@ def answer_all(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    hide_bars_of_transformers()
     tokenizer: Any = AutoTokenizer.from_pretrained(
         str(checkpoint), trust_remote_code=False, padding_side="left"
     )

@@ -17,7 +17,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.provenance import (
@@ -311,19 +310,28 @@ class _Listener:
         self._began = 0.0
 
     def begins(self, step: int, steps: int) -> None:
-        progress = partial(show_progress, unit="steps")
         if step:
             console.say(f"  going on after step {step} of {steps}")
-        self._meter = self._shown.enter_context(progress("training", steps - step))
         self._first, self._steps, self._began = step, steps, time.monotonic()
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
         left = {}
-        if self._meter and "loss" in values:
-            self._meter.advance(1)
+        if "loss" in values:
+            self._shown_meter().advance(1)
             each = (time.monotonic() - self._began) / (step - self._first)
             left = {"seconds_left": each * (self._steps - step)}
+        elif step == self._first:
+            # What was validated before the first step says nothing about how long a step takes.
+            console.say(f"  before training: loss {values['validation_loss']:.3f} in validation")
+            self._began = time.monotonic()
+            self._shown_meter()
         self._run.log_point(step, {**values, **left})
+
+    def _shown_meter(self) -> Meter:
+        if self._meter is None:
+            progress = show_progress("training", self._steps - self._first, "steps")
+            self._meter = self._shown.enter_context(progress)
+        return self._meter
 
 
 def _facts(

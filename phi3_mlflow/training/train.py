@@ -29,6 +29,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.core.progress import hide_bars_of_transformers
 from phi3_mlflow.training import processes, resume
 from phi3_mlflow.training.lora import adapted_tensors, lora_config
 from phi3_mlflow.training.packing import Pack, PackCollator, pack, tokens_in
@@ -154,6 +155,7 @@ def _run(job: Job, listener: Listener) -> None:
 def _trainer(job: Job, listener: Listener) -> Any:
     settings, rows = job.settings, job.rows
     on_gpu = torch.cuda.is_available()
+    hide_bars_of_transformers()
     model: Any = AutoModelForCausalLM.from_pretrained(
         job.checkpoint,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
