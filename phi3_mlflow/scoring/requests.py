@@ -12,6 +12,7 @@ from phi3_mlflow.runtime.plain_messages import plain_messages
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_FIELDS = ("role", "content", "name")
 INPUT_COLUMNS = ("messages", "prompt")
 """The columns that hold what is asked; a row has one of them."""
 
@@ -110,9 +111,13 @@ def _messages(value: Any) -> list[dict[str, str]]:
                 )
             _check_characters(f"messages[{at}].{name}", message[name])
         given = {name for name, part in message.items() if part not in (None, [], "")}
-        if extra := sorted(given - {"role", "content", "name"}):
+        if extra := sorted(given - set(_FIELDS)):
             raise ValueError(f"messages[{at}]: unknown fields: {shown(extra)}")
-    return messages
+    # What is null or empty is not given, and MLflow's schema knows none of it.
+    return [
+        {name: message[name] for name in _FIELDS if message.get(name) is not None}
+        for message in messages
+    ]
 
 
 def _check_characters(where: str, text: str) -> None:
