@@ -16,7 +16,7 @@ from phi3_mlflow.core.errors import CheckpointRefused
 if TYPE_CHECKING:
     from pathlib import Path
 
-    Conversation = list[dict[str, str]]
+Conversation = list[dict[str, str]]
 
 GENERATION = "generation_config.json"
 _QUESTION, _ANSWER, _NEXT, _SYSTEM = "Qone", "Aone", "Qtwo", "Sone"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
@@ -58,6 +59,7 @@ class Export(Step[ExportInputs, NoRecord]):
     def work(self, work: Work[ExportInputs]) -> None:
         from phi3_mlflow.genai.check import check_export
         from phi3_mlflow.genai.export import export_onnx
+        from phi3_mlflow.genai.prompts import differing_prompts
 
         profile = work.request.profile
         checkpoint = work.inputs.checkpoint.value
@@ -70,6 +72,9 @@ class Export(Step[ExportInputs, NoRecord]):
             progress=show_progress,
         )
         checked = check_export(work.out, profile.quantization if profile.quantizes else None)
+        if profile.contract == "chat":
+            for difference in differing_prompts(checkpoint, work.out):
+                console.say(f"  the flavors differ: {difference}")
         work.metrics.update(numbers(report) | numbers(checked))
         write_provenance(
             work.out,
