@@ -39,6 +39,7 @@ Asked = tuple[Messages, int]
 
 ANSWER_TOKENS = 64
 BATCH = 8
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class Sets:
 
     rows: list[tuple[Messages, str]]
     questions: list[Any]
-    texts: Any
-    written: Any
-    window: int = 512
+    texts: list[Any]
+    written: list[Any]
 
 
 def main() -> None:
@@ -156,16 +156,19 @@ def load_sets(args: argparse.Namespace, rows: list[tuple[Messages, str]]) -> Set
     from transformers import AutoTokenizer
 
     from phi3_mlflow.evaluation import datasets
-    from phi3_mlflow.evaluation.divergence import tokenize
+    from phi3_mlflow.evaluation.items import HeldoutText
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     said = [[*asked, {"role": "assistant", "content": answer}] for asked, answer in rows]
-    written = [(str(i), written_out(tokenizer, one)) for i, one in enumerate(said)]
-    texts = [(text.id, text.text) for text in datasets.load_heldout(quick=args.quick)]
+    written = [
+        HeldoutText.model_validate({"id": str(i), "text": written_out(tokenizer, one)})
+        for i, one in enumerate(said)
+    ]
+    texts = datasets.load_heldout(quick=args.quick)
     questions = datasets.load_questions(quick=args.quick)
     if args.no_answers:
         rows, questions = [], []
-    return Sets(rows, questions, tokenize(args.base, texts), tokenize(args.base, written))
+    return Sets(rows, questions, texts, written)
 
 
 def candidates(
@@ -176,8 +179,8 @@ def candidates(
     from phi3_mlflow.quantization.settings import KQuantSettings, RtnSettings
 
     chosen: Any = load_profile(args.profile).quantization
-    yield "base, float32", lambda: in_full(args.base, args.base, sets)
-    yield "fine-tuned, float32", lambda: in_full(args.trained, args.base, sets)
+    yield "base, float32", lambda: in_full(args, args.base, sets)
+    yield "fine-tuned, float32", lambda: in_full(args, args.trained, sets)
     half = args.work / "bf16"
     ways: dict[str, Callable[[], dict[str, float]]] = {}
     for share in args.shares:
@@ -208,25 +211,17 @@ def merged_in_bfloat16(base: Path, trained: Path, out: Path) -> Path:
     return out
 
 
-def in_full(checkpoint: Path, reference: Path, sets: Sets) -> dict[str, float]:
+def in_full(args: argparse.Namespace, checkpoint: Path, sets: Sets) -> dict[str, float]:
     """Measure a checkpoint in float32."""
-    from phi3_mlflow.evaluation.divergence import compare
-    from phi3_mlflow.evaluation.logits import TorchLogits
-
     found = measured(lambda asked: torch_answers(checkpoint, asked), sets)
     found["bytes"] = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    pair = TorchLogits(reference), TorchLogits(checkpoint)
-    for name, texts in (("perplexity", sets.texts), ("task_perplexity", sets.written)):
-        found[name] = compare(*pair, texts, sets.window).metrics()["perplexity"]
-    return found
+    return found | divergences(args, checkpoint, sets)
 
 
 def in_int4(
     args: argparse.Namespace, checkpoint: Path, settings: Any, train: list[Messages], sets: Sets
 ) -> dict[str, float]:
     """Quantize and export a checkpoint, and measure what comes of it."""
-    from phi3_mlflow.evaluation.divergence import compare
-    from phi3_mlflow.evaluation.logits import OnnxLogits, TorchLogits
     from phi3_mlflow.genai.export import export_onnx
     from phi3_mlflow.quantization.quantize import quantize_checkpoint
 
@@ -237,12 +232,21 @@ def in_int4(
     export_onnx(int4, onnx, precision="int4", accuracy_level=settings.accuracy_level)
     found = measured(lambda asked: onnx_answers(onnx, args.base, asked), sets)
     found["bytes"] = sum(f.stat().st_size for f in onnx.glob("*.onnx.data"))
-    pair = TorchLogits(args.trained), OnnxLogits(onnx)
-    for name, texts in (("", sets.texts), ("task_", sets.written)):
-        metrics = compare(*pair, texts, sets.window).metrics()
-        found |= {f"{name}perplexity": metrics["perplexity"], f"{name}kl": metrics["kl_mean"]}
+    found |= divergences(args, onnx, sets)
     shutil.rmtree(int4)
     shutil.rmtree(onnx)
+    return found
+
+
+def divergences(args: argparse.Namespace, model: Path, sets: Sets) -> dict[str, float]:
+    """Perplexity, and KL against the fine-tuned model in float32, on texts and rows."""
+    from phi3_mlflow.artifacts.cache import StepCache
+    from phi3_mlflow.evaluation.measure import diverge
+
+    found, store = {}, StepCache(args.work / "cache")
+    for name, texts in (("", sets.texts), ("task_", sets.written)):
+        metrics = diverge(args.trained, model, texts, WINDOW, store=store).metrics()
+        found |= {f"{name}perplexity": metrics["perplexity"], f"{name}kl": metrics["kl_mean"]}
     return found
 
 
