@@ -2,17 +2,20 @@
 
     python benchmarks/gate_false_promotions.py [--trials 100] [--rows 100]
 
-A tiny model learns which of five words belongs to each of sixty keys. What is measured:
+A tiny model learns which of five words belongs to each of some keys, three fifths of which occur in
+what it is trained on. What is measured:
 
-- Null fine-tunes. `shuffled`: labels in disorder, judged against the base. `the same again`: other
-  rows of the same kind, another seed, judged against the fine-tune before it. Each trial trains a
-  model of its own and has rows of its own set aside. Beside the gate stands the usual rule: promote
-  when the score is higher than the champion's (or the base's).
+- Null fine-tunes. `labels shuffled`: judged against the base. `the same again`: other rows of the
+  same kind, another seed, judged against the fine-tune before it; with few keys, so that rows set
+  aside ask the same thing again and again, and with many. Each trial trains a model of its own and
+  has rows of its own set aside. Two such models are not equal: each guesses what it was not taught
+  in its own way. So every model is also asked every key, and a promotion is wrong when the model is
+  not better there. Beside the gate stands the usual rule: promote when the score is higher.
 - Power. Challengers that really know more keys than their champion, judged on so many rows drawn
   200 times from a large pool.
 
-Every model is measured in full precision, with the code that measures versions. The general sets are
-left out: what they add can only refuse more.
+Every model is measured in full precision, with the code that measures versions. The general sets
+are left out: what they add can only refuse more.
 """
 
 from __future__ import annotations
@@ -47,12 +50,12 @@ from phi3_mlflow.evaluation.task import Task, read_task, task_metrics
 from phi3_mlflow.training.conversations import Conversation, Message
 from phi3_mlflow.training.masking import TokenizedRow, tokenize_rows
 from phi3_mlflow.training.task import write_validation
-from phi3_mlflow.training.train import labels_of
+from phi3_mlflow.training.tokens import labels_of
 from tests.fixtures.tiny_phi3 import make_tiny
 
 BATCH = 32
-KEYS, WORDS = 60, ("red", "blue", "green", "white", "black")
-KNOWN = 36  # keys that a model of the null trials is taught
+FEW, MANY = 60, 300  # keys
+WORDS = ("red", "blue", "green", "white", "black")
 POOL = 1500  # rows that are drawn from for the power of the test
 DRAWS = 200
 WINDOW = 64
@@ -68,7 +71,7 @@ def label(key: int) -> str:
 def row(rng: random.Random, key: int, word: str) -> Conversation:
     """Noise around a key, and the word that is to be answered."""
     noise = "".join(rng.choice("abcdefgh") for _ in range(3))
-    said = Message("user", f"{noise} k{key:02d}"), Message("assistant", word)
+    said = Message("user", f"{noise} k{key:03d}"), Message("assistant", word)
     return Conversation.of(said)
 
 
@@ -85,8 +88,10 @@ def rows(seed: int, count: int, keys: int, *, shuffled: bool = False) -> list[Co
 class Bench:
     """A base that knows what an answer looks like, and fine-tunes of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keys: int) -> None:
+        folder.mkdir()
+        self.folder, self.keys = folder, keys
+        self.known = 3 * keys // 5  # that occur in what is trained on
         self.base = folder / "base"
         make_tiny(self.base)
         self._pretrain()
@@ -94,7 +99,9 @@ class Bench:
 
     def _pretrain(self) -> None:
         """Teach the base to answer with one of the words, any of them."""
-        made = tokenize_rows(self.base, rows(1, 1200, KEYS, shuffled=True), max_length=256).rows
+        made = tokenize_rows(
+            self.base, rows(1, 1200, self.keys, shuffled=True), max_length=256
+        ).rows
         model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         _fit(model, made, steps=200, learning_rate=3e-3, seed=0)
         model.save_pretrained(self.base)
@@ -106,7 +113,8 @@ class Bench:
         shutil.copytree(self.base, place)
         made = tokenize_rows(self.base, data, max_length=256).rows
         model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        _fit(model, made, steps=120, learning_rate=1e-3, seed=seed)
+        steps = 120 if self.keys == FEW else 400
+        _fit(model, made, steps=steps, learning_rate=1e-3, seed=seed)
         model.save_pretrained(place)
         return place
 
@@ -114,13 +122,24 @@ class Bench:
         """The task alone."""
         return measure_checkpoint(checkpoint, Sets((), (), task=task), WINDOW)
 
+    def more(self, seed: int, *, shuffled: bool) -> list[Conversation]:
+        """Rows to train on."""
+        return rows(seed, 8 * self.keys, self.known, shuffled=shuffled)
+
     def task(self, seed: int, count: int) -> Task:
         """Rows of all keys that are set aside."""
+        return self._task(seed, rows(seed, count, self.keys))
+
+    def census(self) -> Task:
+        """Every key, once."""
+        rng = random.Random(0)
+        return self._task(-1, [row(rng, key, label(key)) for key in range(self.keys)])
+
+    def _task(self, seed: int, data: Sequence[Conversation]) -> Task:
         held = self.folder / f"held-{seed}"
         make_tiny(held)
-        data = rows(seed, count, KEYS)
         write_validation(held, data, {one.id for one in data})
-        task = read_task(held, "text", count)
+        task = read_task(held, "text", len(data))
         assert task is not None
         return task
 
@@ -155,36 +174,33 @@ def decided(found: Measurement, base: Measurement, champion: Measurement | None)
     return trained_verdict(verdict, found, base, champion, GATE, uri).decision
 
 
-def null_trials(bench: Bench, trials: int, count: int) -> list[list[Any]]:
+def null_trials(bench: Bench, name: str, number: int, count: int, *, shuffled: bool) -> list[Any]:
     """Fine-tunes that have gained nothing, through the gate and through a rule of raw scores."""
-    table = []
-    for name, shuffled, number in (
-        ("labels shuffled, against the base", True, trials // 2),
-        ("the same again, against the champion", False, trials),
-    ):
-        gate, raw = Counter[str](), 0
-        data = rows(10**6, 480, KNOWN, shuffled=shuffled)
-        before = bench.tuned(data, 10**6) if not shuffled else None
-        scores = []
-        start = time.monotonic()
-        for trial in range(number):
-            now = bench.tuned(rows(trial, 480, KNOWN, shuffled=shuffled), trial)
-            task = bench.task(2 * 10**6 + trial, count)
-            found, base = bench.measured(now, task), bench.measured(bench.base, task)
-            champion = bench.measured(before, task) if before else None
-            gate[decided(found, base, champion)] += 1
-            other = (champion or base).metrics["task_accuracy"]
-            raw += found.metrics["task_accuracy"] > other
-            scores.append(found.metrics["task_accuracy"])
-            before = before and now
-            seconds = (time.monotonic() - start) / (trial + 1)
-            print(f"{name}: {trial + 1} of {number}, {seconds:.1f} s each, {dict(gate)}, raw {raw}",
-                  flush=True)  # fmt: skip
-        mean = sum(scores) / len(scores)
-        table.append(
-            [name, number, f"{mean:.0%}", f"{gate['promote'] / number:.1%}", f"{raw / number:.1%}"]
-        )
-    return table
+    gate, wrong, raw = Counter[str](), 0, 0
+    before = None if shuffled else bench.tuned(bench.more(10**6, shuffled=False), 10**6)
+    scores, census = [], bench.census()
+    start = time.monotonic()
+    for trial in range(number):
+        now = bench.tuned(bench.more(trial, shuffled=shuffled), trial)
+        task = bench.task(2 * 10**6 + trial, count)
+        found, base = bench.measured(now, task), bench.measured(bench.base, task)
+        champion = bench.measured(before, task) if before else None
+        decision = decided(found, base, champion)
+        gate[decision] += 1
+        if decision == "promote":
+            mine, theirs = (
+                bench.measured(model, census).metrics["task_accuracy"]
+                for model in (now, before or bench.base)
+            )
+            wrong += mine <= theirs
+        raw += found.metrics["task_accuracy"] > (champion or base).metrics["task_accuracy"]
+        scores.append(found.metrics["task_accuracy"])
+        before = before and now
+        seconds = (time.monotonic() - start) / (trial + 1)
+        print(f"{name}: {trial + 1} of {number}, {seconds:.1f} s each, {dict(gate)}, "
+              f"wrong {wrong}, raw {raw}", flush=True)  # fmt: skip
+    shares = (sum(scores) / number, gate["promote"] / number, wrong / number, raw / number)
+    return [name, number, *(f"{share:.0%}" for share in shares)]
 
 
 def drawn(measurement: Measurement, chosen: Sequence[int]) -> Measurement:
@@ -227,25 +243,33 @@ def main() -> None:
     console.set_quiet(True)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
         torch.set_num_threads(1)  # a model so small gains nothing from more
-        table = null_trials(bench, chosen.trials, chosen.rows)
+        few, many = Bench(Path(folder) / "few", FEW), Bench(Path(folder) / "many", MANY)
+        trials, count = chosen.trials, chosen.rows
+        again = "the same again, against the champion"
+        table = [
+            null_trials(few, "labels shuffled, against the base", trials // 2, count,
+                        shuffled=True),
+            null_trials(few, f"{again}, {FEW} keys", trials, count, shuffled=False),
+            null_trials(many, f"{again}, {MANY} keys", trials, count, shuffled=False),
+        ]  # fmt: skip
         write_result(
             "gate_false_promotions",
-            f"Fine-tunes that have gained nothing, promoted; {chosen.rows} rows set aside",
+            f"Fine-tunes that have gained nothing, promoted; {count} rows set aside",
             ["null fine-tune", "trials", "mean accuracy", "promoted by the gate",
-             "by raw scores"],
+             "of all trials, promoted and not better on all keys", "promoted by raw scores"],
             table,
-            notes="A tiny model, all of its weights fine-tuned, measured in full precision. "
-            "Each trial has a model and rows of its own; by raw scores: promoted when the share of "
-            "right answers is higher than the other's.",
+            notes="A tiny model, all of its weights fine-tuned, measured in full precision. Each "
+            "trial has a model and rows of its own. By raw scores: promoted when the share of "
+            "right answers is higher than the other's. Rows that ask the same thing again and "
+            "again, as with few keys, are less evidence than they are many.",
         )  # fmt: skip
         counts = (50, 100, 200)
         write_result(
             "gate_power",
             "How often the gate promotes a real gain",
             ["gain in accuracy, on 1,500 rows", *(f"{count} rows set aside" for count in counts)],
-            power(bench, counts),
+            power(few, counts),
             notes=f"{DRAWS} draws of the rows set aside from a pool of {POOL:,}; one champion and "
             "one challenger per line, tiny models that know more or fewer of the keys.",
         )
