@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.core import console
@@ -53,6 +54,7 @@ def connect() -> str:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     check_server(uri)
+    check_folder(uri, Path.cwd())
     try:
         mlflow.set_tracking_uri(uri)
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
@@ -68,6 +70,27 @@ def connect() -> str:
             f"Set MLFLOW_TRACKING_URI to a database or a server, for example {DEFAULT_TRACKING_URI}"
         ) from error
     return uri
+
+
+def check_folder(uri: str, folder: Path) -> None:
+    """Refuse a working folder beside which MLflow would put the artifacts of an embedded store.
+
+    Args:
+        uri: of the tracking store.
+        folder: where an embedded store keeps its artifacts.
+
+    Raises:
+        EnvironmentProblem: MLflow takes a part of the folder's name for an escaped character.
+    """
+    if not uri.startswith("sqlite:"):
+        return
+    found = re.search(r"%[0-9A-Fa-f]{2}", str(folder))
+    if found:
+        raise EnvironmentProblem(
+            f"the working folder {folder} has {found[0]} in its name. MLflow reads that as an "
+            f"escaped {unquote(found[0])!r}, and would put the artifacts into another folder.\n"
+            "Rename the folder, or work in another one"
+        )
 
 
 def _deleted_experiment() -> str:

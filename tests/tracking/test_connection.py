@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -72,3 +73,15 @@ def test_a_deleted_experiment_says_how_to_bring_it_back(
     with pytest.raises(EnvironmentProblem, match="experiments restore") as told:
         connection.connect()
     assert "MLFLOW_TRACKING_URI" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a%2Fb", "%e4"])
+def test_a_folder_that_mlflow_would_miss_is_refused(name: str) -> None:
+    with pytest.raises(EnvironmentProblem, match="escaped"):
+        connection.check_folder("sqlite:///mlflow.db", Path("/work", name, "deep"))
+    connection.check_folder("http://localhost:5000", Path("/work", name))
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a b#c", "a?b", "a%b", "100%", "\u00fc", "a'b"])
+def test_other_odd_names_are_held(name: str) -> None:
+    connection.check_folder("sqlite:///mlflow.db", Path("/work", name))
