@@ -145,7 +145,9 @@ def settled_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         A configuration that means the same; equal to `config` where that is spelled well already.
     """
     settled, changes = dict(config), []
-    for key in ("rope_theta", "partial_rotary_factor", "head_dim"):
+    for key in (
+        "rope_theta", "partial_rotary_factor", "head_dim", "original_max_position_embeddings",
+    ):  # fmt: skip
         if key in settled and settled[key] is None:
             del settled[key]
             changes.append(f"{key} null left out")
