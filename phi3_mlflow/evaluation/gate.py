@@ -138,6 +138,7 @@ class Verdict:
             "why": self.why,
             "against": self.against,
             "note": self.note,
+            "reasons": self.reasons,
             "trained": self.trained,
             "checks": [asdict(check) for check in self.checks],
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
@@ -235,4 +236,5 @@ def _said(comparison: Comparison) -> str:
     """A comparison that does not show what is wanted, as a reason."""
     if comparison.state == "worse":
         return comparison.reason
-    return f"not shown to be {comparison.wanted}: {comparison.reason}"
+    wanted = "better" if comparison.wanted == "better" else "within what is allowed"
+    return f"not shown to be {wanted}: {comparison.reason}"

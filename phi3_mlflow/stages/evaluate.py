@@ -158,7 +158,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
                 {
                     "gate": "passed" if verdict.passed else "failed",
                     "gate_decision": verdict.decision,
-                    "gate_reasons": verdict.reasons,
+                    "gate_reasons": verdict.explained,
                     registry.GATE_AGAINST: registry.number_of(verdict.against),
                     "evaluation_run": record.run_id,
                     TEXTS_TAG: record.texts_sha256,

@@ -97,7 +97,8 @@ class VerdictRecord(_Frozen):
         why: the decision in a sentence.
         against: the URI of the champion it was compared with.
         checks: one per threshold.
-        comparisons: one per metric compared with the champion's.
+        comparisons: one per metric compared with another model's.
+        reasons: what speaks against the version.
     """
 
     passed: bool
@@ -106,13 +107,12 @@ class VerdictRecord(_Frozen):
     against: str | None
     checks: tuple[CheckRecord, ...]
     comparisons: tuple[ComparisonRecord, ...]
+    reasons: tuple[str, ...] = ()
 
     @property
-    def reasons(self) -> str:
+    def explained(self) -> str:
         """What speaks against the version, a line per reason; the decision when nothing does."""
-        failed = [check.reason for check in self.checks if not check.passed]
-        worse = [metric.reason for metric in self.comparisons if metric.state == "worse"]
-        return "\n".join([*failed, *worse]) or self.why
+        return "\n".join(self.reasons) or self.why
 
 
 class EvaluatedVersion(_Frozen):

@@ -15,6 +15,7 @@ from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.settings import Bound, Margin, TrainedGateSettings
 from phi3_mlflow.evaluation.task import gain_kept
+from phi3_mlflow.stages.records import VerdictRecord
 from tests.evaluation.measurements import at_the_task, measurement
 
 HALF = [i % 2 == 0 for i in range(200)]
@@ -89,6 +90,16 @@ def test_a_gain_at_the_task_does_not_pay_for_what_was_forgotten() -> None:
     verdict = judge(forgot, BASE)
     assert verdict.decision == "refuse"
     assert any("questions answered right" in reason for reason in verdict.reasons)
+    assert list(VerdictRecord.model_validate(verdict.to_dict()).reasons) == verdict.reasons
+
+
+def test_what_is_neither_shown_nor_denied_is_told_as_such() -> None:
+    wanted = TrainedGateSettings(not_worse={"accuracy": Margin(by=0)})
+    noisy = at_the_task(measurement([not flag for flag in HALF], TEXTS), [True] * ROWS)
+    verdict = judge(noisy, BASE, None, wanted)
+    assert verdict.decision == "refuse"
+    (reason,) = verdict.reasons
+    assert reason.startswith("not shown to be within what is allowed: questions answered right")
 
 
 def test_small_losses_do_not_add_up_from_one_champion_to_the_next() -> None:
