@@ -141,10 +141,9 @@ def _amount(metric: str, worse: Interval) -> str:
     text = f"{word} by {formatted(metric, abs(worse.value))}"
     if worse.low == worse.high:
         return text
-    low, high = (
-        ("-" if v < 0 else "") + formatted(metric, abs(v)) for v in (worse.low, worse.high)
-    )
-    return f"{text} (95 %: {low} to {high} worse)"
+    bounds = (worse.low, worse.high) if worse.value >= 0 else (-worse.high, -worse.low)
+    low, high = (("-" if v < 0 else "") + formatted(metric, abs(v)) for v in bounds)
+    return f"{text} (95 %: {low} to {high} {word})"
 
 
 Paired = tuple[Interval, float | None] | None
