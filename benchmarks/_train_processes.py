@@ -190,7 +190,9 @@ def checkpoint_of(args: Any, folder: Path) -> Path:
 
 def rows_of(args: Any, folder: Path) -> Path:
     """A file with as many of the example's rows as the command line asks for."""
-    lines = (ROOT / "examples" / "tickets" / "tickets.jsonl").read_text("utf-8").splitlines()
+    lines = (
+        (ROOT / "examples" / "tickets" / "rows" / "tickets.jsonl").read_text("utf-8").splitlines()
+    )
     rows = []
     for line in lines[: args.rows]:
         *before, asked, answered = json.loads(line)["messages"]

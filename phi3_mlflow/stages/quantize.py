@@ -12,6 +12,7 @@ that it finished. A fine-tuned checkpoint can be calibrated with the rows that i
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +98,12 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         done = dict(work.settings)
         if isinstance(chosen, GptqSettings) and "training" in known:
             done["calibration_rows"] = chosen.share_of_rows(trained=True) if rows else 0.0
-        folder = unfinished(work.cache, work.key)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # `cache -P do=prune` leaves it alone
+        with ExitStack() as held:
+            folder = None
+            if isinstance(chosen, GptqSettings):  # the others are done in seconds
+                folder = unfinished(work.cache, work.key)
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(f"{folder}.lock"))  # `cache -P do=prune` leaves it
             report = quantize_checkpoint(
                 checkpoint, work.out, chosen, show_progress, rows=rows, unfinished=folder
             )

@@ -293,7 +293,7 @@ def test_logged_as_checkpoint_and_adapter_or_merged(tmp_path, monkeypatch) -> No
     make_tiny(tmp_path / "checkpoint", "phi-4-mini", seed=7)
     write_profile(tmp_path, train=train, flavor="transformers")
     assert place.step("fetch", "--profile", str(profile)).returncode == 0
-    done = place.step("log", "--profile", str(profile))
+    done = place.step("log", "--profile", str(profile), "--force", "true")
     assert done.returncode == EXIT_BAD_INPUT
     assert "was trained on another checkpoint" in done.stderr
 
