@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.progress import show_progress
+from phi3_mlflow.evaluation.answers import Answers
 from phi3_mlflow.evaluation.divergence import Divergence, TextScore, cut, tokenize
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.reference import answer_all
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.items import HeldoutText
     from phi3_mlflow.evaluation.sets import Sets
     from phi3_mlflow.evaluation.task import Task, TaskScore
+
+_OF_ANSWERS = ("accuracy", "endless_rate", "repetition_rate")
+"""What answers tell that were given many at a time: nothing about speed."""
 
 
 def measure_checkpoint(
@@ -52,9 +56,8 @@ def measure_checkpoint(
     task_answers = tuple(answer for answer in everything if answer.category == CATEGORY)
     metrics = task_metrics([answer.correct for answer in task_answers], task)
     if answers:
-        metrics["accuracy"] = sum(answer.correct for answer in answers) / len(answers)
-        metrics["endless_rate"] = sum(a.finish_reason == "length" for a in answers) / len(answers)
-        metrics["repetition_rate"] = sum(answer.repeats for answer in answers) / len(answers)
+        general = Answers(answers, load_seconds=0.0, peak_memory_bytes=0).metrics()
+        metrics |= {name: general[name] for name in _OF_ANSWERS}
     if scores:
         metrics["perplexity"] = Divergence(scores).metrics()["perplexity"]
     return Measurement(metrics, answers, scores, {}, task_answers, task)
