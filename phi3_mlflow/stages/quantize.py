@@ -11,7 +11,6 @@ that it finished. A fine-tuned checkpoint can be calibrated with the rows that i
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from phi3_mlflow.core.metrics import numbers
 from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.pipeline.inputs import full_precision, rows_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+from phi3_mlflow.pipeline.unfinished import drop_kept_work, kept_work
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         )
 
     def work(self, work: Work[QuantizeInputs]) -> None:
-        from filelock import FileLock
-
         from phi3_mlflow.quantization.preflight import preflight
         from phi3_mlflow.quantization.quantize import quantize_checkpoint
 
@@ -101,9 +99,7 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
         with ExitStack() as held:
             folder = None
             if isinstance(chosen, GptqSettings):  # the others are done in seconds
-                folder = unfinished(work.cache, work.key)
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(f"{folder}.lock"))  # `cache -P do=prune` leaves it
+                folder = held.enter_context(kept_work(self, work))
             report = quantize_checkpoint(
                 checkpoint, work.out, chosen, show_progress, rows=rows, unfinished=folder
             )
@@ -121,16 +117,7 @@ class Quantize(Step[QuantizeInputs, NoRecord]):
 
     def after(self, request: Request, entry: Entry) -> None:
         """Drop what was kept of unfinished work whose output is there."""
-        from phi3_mlflow.artifacts.cache import StepCache
-
-        folder = unfinished(StepCache(), entry.key)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
-
-
-def unfinished(cache: StepCache, key: str) -> Path:
-    """Where finished layers lie until the whole is done."""
-    return cache.downloads / f"quantize-{key}"
+        drop_kept_work(self, entry)
 
 
 def quantization_values(chosen: QuantizationSettings) -> dict[str, Any]:

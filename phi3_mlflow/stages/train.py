@@ -30,6 +30,7 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import Meter, show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, rows_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
+from phi3_mlflow.pipeline.unfinished import drop_kept_work, kept_work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,8 +90,6 @@ class Train(Step[TrainInputs, NoRecord]):
             follow()
 
     def work(self, work: Work[TrainInputs]) -> None:
-        from filelock import FileLock
-
         from phi3_mlflow.checkpoints.validate import validate_checkpoint
         from phi3_mlflow.stages.overlap import refuse_overlap
         from phi3_mlflow.training.lora import require_room
@@ -106,10 +105,9 @@ class Train(Step[TrainInputs, NoRecord]):
         work.run.log_rows("train", work.inputs.data, len(rows.rows))
         if given := work.inputs.validation:
             work.run.log_rows("validation", given, len(data.validation))
-        folder = unfinished(work.cache, work.key)
-        adapter = folder / "adapter"
-        adapter.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # `cache -P do=prune` leaves it alone
+        with kept_work(self, work) as folder:
+            adapter = folder / "adapter"
+            adapter.mkdir(exist_ok=True)
             trained = _train(work, rows, validation, adapter)
             merged = merge_adapter(checkpoint, adapter, work.out, show_progress)
             validate_checkpoint(work.out)
@@ -140,11 +138,7 @@ class Train(Step[TrainInputs, NoRecord]):
 
     def after(self, request: Request, entry: Entry) -> None:
         """Drop the checkpoints of a run whose output is there."""
-        from phi3_mlflow.artifacts.cache import StepCache
-
-        folder = unfinished(StepCache(), entry.key)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+        drop_kept_work(self, entry)
 
 
 def settings_of(request: Request) -> TrainSettings:
@@ -185,11 +179,6 @@ def _require_processes(request: Request) -> None:
             "the result, so it is a setting.\n"
             + (way_out if wanted > 1 else f"Set it to {there}, or start the step by itself.")
         )
-
-
-def unfinished(cache: StepCache, key: str) -> Path:
-    """Where the checkpoints of a run lie until its output is there."""
-    return cache.downloads / f"train-{key}"
 
 
 def trained_on(facts: Mapping[str, Any]) -> str:
