@@ -147,6 +147,7 @@ def test_the_installed_command_takes_a_model_to_the_registry(installed):
     profile = write_profile(installed)
     done = run_installed(installed, "main", "--profile", str(profile), "--quiet", "true")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step=main status=done profile=tiny steps_done=7" in done.stdout
-    again = run_installed(installed, "main", "--profile", str(profile), "--quiet", "true")
+    assert done.stdout.startswith("step=main status=done profile=tiny steps_done=7")
+    assert len(done.stdout.splitlines()) == 1, "main's line is the one of a quiet run"
+    again = run_installed(installed, "main", "--profile", str(profile))
     assert again.stdout.count(" cached=true ") == 6, again.stdout + again.stderr
