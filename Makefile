@@ -7,6 +7,8 @@ EXPERIMENT ?= phi3-mlflow
 ARGS       ?=
 # More for pytest, as in: make test PYTEST="tests/project -x"
 PYTEST     ?=
+# Tests run in so many processes.
+WORKERS    ?= 2
 
 MLFLOW_TRACKING_URI     ?= sqlite:///$(CURDIR)/mlflow.db
 MLFLOW_DISABLE_TELEMETRY ?= true
@@ -38,15 +40,15 @@ retrain: setup  ## fine-tune on the rows in examples/tickets/rows, and promote w
 test: lint  ## everything: checks, generated files, all tests, what the fast ones cover
 	@python tools/generate.py --check
 ifeq ($(PYTEST),)
-	@python -m pytest -m "not slow" -q --cov --cov-report=term
-	@python -m pytest -m slow
+	@python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" -q --cov --cov-report=term
+	@python -m pytest -n $(WORKERS) --dist loadgroup -m slow --durations=25
 else
 	@python -m pytest $(PYTEST)
 endif
 
 check: lint  ## what takes about a minute: checks and the fast tests
 	@python tools/generate.py --check
-	@python -m pytest -m "not slow" -q $(PYTEST)
+	@python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" -q $(PYTEST)
 
 soak: setup-dev  ## half an hour of kills at random moments, and what they leave (nothing)
 	@python benchmarks/soak_kills.py

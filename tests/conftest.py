@@ -25,9 +25,18 @@ settings.register_profile("any", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("any")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fast tests first: what is broken should show soon."""
+    """The fast tests first: what is broken should show soon.
+
+    With several processes (`-n`) the tests of a file stay together, and so do all that need the
+    line on the embedded default: it takes minutes, and is run once.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        of_default = "default_run" in getattr(item, "fixturenames", ())
+        group = "default" if of_default else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass(frozen=True)
