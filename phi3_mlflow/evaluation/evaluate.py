@@ -90,8 +90,11 @@ class Evaluator:
         if self.base is not None:
             base = self._measure_checkpoint(self.base, self.sets)
             found = self._with_task(found, base)
-        verdict = check_thresholds(found.metrics, self.gate.thresholds)
-        champion, verdict = self._compare(version, found, base, verdict)
+        if self.gate.off:
+            verdict, champion = Verdict((), trained=base is not None, off=True), None
+        else:
+            verdict = check_thresholds(found.metrics, self.gate.thresholds)
+            champion, verdict = self._compare(version, found, base, verdict)
         found.write(out)
         write_json(out / "verdict.json", verdict.to_dict())
         (out / "verdict.xml").write_text(junit_xml(version.uri, verdict), "utf-8")

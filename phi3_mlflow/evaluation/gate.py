@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_mlflow.evaluation.metrics import label
 from phi3_mlflow.evaluation.paired import NAMES, Comparison, compare_metric
+from phi3_mlflow.tracking.registry import FAILED, NOT_GATED, PASSED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +55,7 @@ class Verdict:
         against: the champion it was compared with, as `models:/NAME/NUMBER`.
         note: what decided, when it was neither a threshold nor a comparison.
         trained: the version is a fine-tuned one, so that everything that is wanted has to be shown.
+        off: the profile switches the gate off.
     """
 
     checks: tuple[ThresholdResult, ...]
@@ -61,6 +63,19 @@ class Verdict:
     against: str | None = None
     note: str = ""
     trained: bool = False
+    off: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether anything was checked at all."""
+        return bool(self.checks or self.comparisons)
+
+    @property
+    def gate(self) -> str:
+        """The verdict in a word, as the version's tag `gate` has it."""
+        if not self.passed:
+            return FAILED
+        return PASSED if self.gated else NOT_GATED
 
     @property
     def passed(self) -> bool:
@@ -106,7 +121,10 @@ class Verdict:
         if self.decision == "refuse":
             return "; ".join(self.reasons)
         if self.note:
-            return self.note
+            return self.note if self.gated else f"{NOT_GATED}; {self.note}"
+        if not self.gated:
+            switch = "the profile switches the gate off" if self.off else "the profile asks nothing"
+            return f"{NOT_GATED}: {switch}, so nothing was checked"
         if self.trained:
             return self._why_trained
         if self.against is None:
@@ -133,6 +151,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """The verdict as `verdict.json` holds it."""
         return {
+            "gate": self.gate,
             "passed": self.passed,
             "decision": self.decision,
             "why": self.why,

@@ -122,6 +122,22 @@ COMPARED_METRICS = tuple(metric for metric in GATED_METRICS if not metric.starts
 """The metrics that a profile may set margins to the champion for."""
 
 
+def _default_thresholds() -> dict[str, Bound]:
+    """What any version has to keep to whose profile sets no bounds of its own.
+
+    The first three are relative to full precision: plain rounding of a small model stays within
+    them (KL 0.41 nats, 70 % of the likeliest tokens, 1.38 times the perplexity), a broken export
+    does not. The others refuse what never ends its answers, or goes round in circles.
+    """
+    return {
+        "kl_mean": Bound(max=0.5),
+        "top1_agreement": Bound(min=0.65),
+        "perplexity_ratio": Bound(max=1.5),
+        "endless_rate": Bound(max=0.8),
+        "repetition_rate": Bound(max=0.25),
+    }
+
+
 def _default_margins() -> dict[str, Margin]:
     return {"accuracy": Margin(by=0.05), "kl_mean": Margin(percent=10)}
 
@@ -169,8 +185,15 @@ def _refuse_unknown(metrics: Iterable[str], known: Sequence[str]) -> None:
 class GateSettings(Section):
     """What a version must meet before the alias `champion` moves to it."""
 
+    off: bool = Field(
+        default=False,
+        description="nothing is checked, and everything that shows a version says that it is not "
+        "gated; written short as gate: off",
+    )
     thresholds: dict[str, Bound] = Field(
-        default_factory=dict, description="bounds that hold whatever the champion is like"
+        default_factory=_default_thresholds,
+        description="bounds that hold whatever the champion is like; left out, those of "
+        "docs/evaluation.md",
     )
     champion: dict[str, Margin] = Field(
         default_factory=_default_margins,
@@ -181,6 +204,18 @@ class GateSettings(Section):
         default_factory=TrainedGateSettings,
         description="what has to be shown of a fine-tuned version, in place of champion",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        # YAML reads a bare off as false.
+        return {"off": True} if value is False or value == "off" else value
+
+    @model_validator(mode="after")
+    def _off_or_something(self) -> GateSettings:
+        if self.off and (given := sorted(self.model_fields_set - {"off"})):
+            raise ValueError(f"off: true checks nothing; leave out off, or {', '.join(given)}")
+        return self
 
     @field_validator("thresholds", "champion")
     @classmethod

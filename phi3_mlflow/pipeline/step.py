@@ -122,6 +122,11 @@ class Step(Command, Generic[In, Rec]):
     def after(self, request: Request, entry: Entry) -> None:
         """Done on every run, also when the output was there: marks such as aliases and tags."""
 
+    def told(self, entry: Entry) -> Mapping[str, str]:
+        """What its summary line says of its output besides where that is."""
+        del entry
+        return {}
+
     def foresee(self, request: Request, inputs: In) -> str | None:
         """What the work would cost, where that can be known beforehand."""
         del request, inputs
@@ -259,7 +264,7 @@ def carry_out(
             run.point_to(entry)
         step.after(request, entry)
         cache.set_latest(request.profile.name, step.slot, entry.key)
-        run.finish(step.name, entry, was_there)
+        run.finish(step.name, entry, was_there, step.told(entry))
     return Outcome(step, entry, was_there, run.run_id)
 
 

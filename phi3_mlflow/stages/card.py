@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.evaluation.metrics import headline
+from phi3_mlflow.tracking.registry import NOT_GATED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,12 +58,27 @@ def model_card(
         "request. Answers can be wrong and must be checked where that matters; the limits of the "
         "base model apply.",
     ]
+    lines += _verdict(tags)
     if figures:
         lines += ["", "| measured | value |", "|---|---|"]
         lines += [f"| {name} | {text} |" for name, text in headline(figures)]
         if hardware:
             lines += ["", f"Measured on {hardware}."]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(tags: Mapping[str, str]) -> list[str]:
+    """What the gate said, once it was asked."""
+    if "gate" not in tags:
+        return []
+    reasons = tags.get("gate_reasons", "").splitlines()
+    gate = tags["gate"]
+    if gate != NOT_GATED:
+        gate += f", {tags['gate_decision']}" if "gate_decision" in tags else ""
+    elif reasons:  # the reason begins with the words
+        return ["", f"**Gate**: {reasons[0]}"]
+    said = [f"**Gate**: {gate}{': ' + reasons[0] if len(reasons) == 1 else ''}"]
+    return ["", *said, *(["", *(f"- {reason}" for reason in reasons)] if len(reasons) > 1 else [])]
 
 
 def _fine_tuning(tags: Mapping[str, str]) -> list[str]:

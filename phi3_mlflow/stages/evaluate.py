@@ -40,7 +40,7 @@ from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.config.profile import Profile
@@ -95,6 +95,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             "window": profile.evaluation.window,
             "judge": judge.model_dump(mode="json") if judge else {},
             **load_sets(profile).digests(),
+            "gated": not profile.gate.off,
             "thresholds": gate["thresholds"],
             "champion_margins": gate["champion"],
             "trained_margins": gate["trained"],
@@ -136,7 +137,6 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             versions[version.uri] = EvaluatedVersion.model_validate(result.record())
             for name, plot in result.plots.items():
                 mlflow.log_figure(plot, f"figures/version-{version.version}/{name}.png")
-            console.say(f"  gate: {result.verdict.decision}: {result.verdict.why}")
             if not work.metrics:
                 work.metrics.update(result.measurement.metrics)
         EvaluationRecord(
@@ -147,16 +147,22 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         ).write(work.out)
         work.run.log_evaluation(work.out, sets.questions, sets.texts)
 
+    def told(self, entry: Entry) -> Mapping[str, str]:
+        versions = self.record_of(entry).versions.items()
+        said = {uri: f"{one.verdict.gate}, {one.verdict.decision}" for uri, one in versions}
+        return {"version": " ".join(said), "gate": "; ".join(said.values())}
+
     def after(self, request: Request, entry: Entry) -> None:
-        """Mark the versions with the verdict."""
+        """Say the verdict, and mark the versions with it."""
         record = self.record_of(entry)
         for uri, result in record.versions.items():
             version = registry.find_version(uri, request.profile.registered_model)
             verdict = result.verdict
+            console.say(f"  {uri}: gate {verdict.gate}, {verdict.decision}: {verdict.why}")
             registry.set_tags(
                 version,
                 {
-                    "gate": "passed" if verdict.passed else "failed",
+                    "gate": verdict.gate,
                     "gate_decision": verdict.decision,
                     "gate_reasons": verdict.explained,
                     registry.GATE_AGAINST: registry.number_of(verdict.against),

@@ -133,11 +133,13 @@ class Main(Command):
                 done = follow(sequence(fetch.followed(request)), pipeline)
                 run.log_headline(headline_metrics(done.record(EVALUATE).challenger))
                 report(request, pipeline, done)
+        verdict = done.record(EVALUATE).challenger.verdict
         worked = sum(not outcome.hit for outcome in pipeline.outcomes)
         print(
             summary_line(
                 step="main", status="done", profile=request.profile.name, steps_done=worked,
                 run_id=run.run_id, **run.figures(),
+                gate=f"{verdict.gate}, {verdict.decision}", champion=done.record(PROMOTE).champion,
             ),
             flush=True,
         )  # fmt: skip

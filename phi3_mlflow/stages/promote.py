@@ -22,7 +22,9 @@ from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
 
 if TYPE_CHECKING:
-    from phi3_mlflow.artifacts.cache import StepCache
+    from collections.abc import Mapping
+
+    from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.config.parameters import Request
 
 
@@ -59,6 +61,10 @@ class Promote(Step[PromoteInputs, PromotionRecord]):
             "registered_model": request.profile.registered_model,
             "tracking": tracking_identity(),
         }
+
+    def told(self, entry: Entry) -> Mapping[str, str]:
+        record = self.record_of(entry)
+        return {"champion": record.champion, "moved": str(record.moved).lower()}
 
     def work(self, work: Work[PromoteInputs]) -> None:
         request, version = work.request, work.inputs.version

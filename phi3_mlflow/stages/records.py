@@ -92,6 +92,7 @@ class VerdictRecord(_Frozen):
     """What the gate decided; see `evaluation.gate.Verdict`.
 
     Attributes:
+        gate: passed, failed, or not gated.
         passed: whether the thresholds are met and nothing is worse than allowed.
         decision: promote, keep or refuse.
         why: the decision in a sentence.
@@ -101,6 +102,7 @@ class VerdictRecord(_Frozen):
         reasons: what speaks against the version.
     """
 
+    gate: str
     passed: bool
     decision: str
     why: str

@@ -22,6 +22,8 @@ from phi3_mlflow.tracking.registry import (
     CHAMPION,
     GATE_AGAINST,
     NO_CHAMPION,
+    NOT_GATED,
+    PASSED,
     VersionName,
     alias_of,
     client,
@@ -72,10 +74,9 @@ def promote(version: VersionName, *, overrule: bool) -> Promotion:
                 describe(version).tags,
                 alias_of(version.name, CHAMPION),
             )
-            decided = (
-                tags.get("gate") == "passed"
-                and tags.get("gate_decision", "promote") == "promote"
-                and tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
+            compared = tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
+            decided = tags.get("gate_decision", "promote") == "promote" and (
+                tags.get("gate") == NOT_GATED or (tags.get("gate") == PASSED and compared)
             )
             reason = tags.get("gate_reasons") or "the gate passed"
             if not decided:
@@ -96,7 +97,7 @@ def _decide(version: VersionName, *, overrule: bool) -> Promotion | None:
             f"{version.uri} has not been evaluated, so there is no verdict to act on.\n"
             f"Run  {run_command('evaluate', version=version.uri)}  first."
         )
-    if gate != "passed" and not overrule:
+    if gate not in (PASSED, NOT_GATED) and not overrule:
         stays = f"stays with version {before}" if before else "stays unset"
         raise GateRefused(
             f"the gate refuses {version.uri}; the alias {CHAMPION} {stays}.\n"
@@ -120,6 +121,8 @@ def _reason_to_stay(
     """
     if same_content(version, champion):
         return f"{version.uri} is the same model"
+    if tags.get("gate") == NOT_GATED and tags.get("gate_decision") == "promote":
+        return None
     compared = tags.get(GATE_AGAINST, NO_CHAMPION)
     if compared != champion.version:
         with_what = "no champion" if compared == NO_CHAMPION else f"version {compared}"

@@ -40,6 +40,8 @@ VERSION_TAGS = (
 GATE_AGAINST = "gate_against"
 """The tag that holds the champion a version was compared with, as a version number."""
 NO_CHAMPION = "none"
+PASSED, FAILED, NOT_GATED = "passed", "failed", "not gated"
+"""What the tag `gate` of a version says."""
 _TAG_LIMIT = 4000  # a registry tag's value may not be longer
 
 

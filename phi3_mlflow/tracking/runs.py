@@ -144,8 +144,17 @@ class StepRun:
         mlflow.log_table(pandas.DataFrame(list(rows)), "search/candidates.json")
         mlflow.log_figure(plot, "search/pareto.png")
 
-    def finish(self, step: str, entry: Entry, was_there: bool) -> None:
-        """Log figures and the output's manifest, and print the summary line."""
+    def finish(
+        self, step: str, entry: Entry, was_there: bool, said: Mapping[str, str] | None = None
+    ) -> None:
+        """Log figures and the output's manifest, and print the summary line.
+
+        Args:
+            step: which one it was.
+            entry: its output.
+            was_there: an earlier run made it.
+            said: what else the summary line says.
+        """
         import mlflow
 
         figures = self._meter.figures()
@@ -165,6 +174,7 @@ class StepRun:
                 output_mb=round(entry.manifest.total_bytes / 1e6, 1),
                 output=entry.path,
                 run_id=self.run_id,
+                **(said or {}),
             ),
             flush=True,
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phi3_mlflow.evaluation.gate import Verdict, against_champion, check_thresholds
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.measurement import Measurement
-from phi3_mlflow.evaluation.settings import COMPARED_METRICS, Bound, Margin
+from phi3_mlflow.evaluation.settings import COMPARED_METRICS, Bound, GateSettings, Margin
 from tests.evaluation.measurements import measurement
 
 numbers = st.floats(-1e6, 1e6)
@@ -175,3 +175,45 @@ def test_the_verdict_as_junit_xml() -> None:
     assert cases["accuracy >= 0.9"].find("failure").text.startswith("accuracy is 0.25")
     assert cases["accuracy not worse"].find("failure") is not None
     assert cases["kl_mean not worse"].find("failure") is None
+
+
+# --- nothing checked, and nothing asked for ---------------------------------------------------
+
+
+def by_default(found: Measurement) -> Verdict:
+    return check_thresholds(found.metrics, GateSettings().thresholds)
+
+
+def test_a_profile_without_thresholds_still_refuses_what_is_broken() -> None:
+    sound = measurement(HALF, TEXTS)
+    assert by_default(sound).passed
+    assert by_default(sound).gate == "passed"
+    looping = replace(sound, metrics={**sound.metrics, "repetition_rate": 0.6})
+    endless = replace(sound, metrics={**sound.metrics, "endless_rate": 1.0})
+    for broken in (looping, endless, measurement(HALF, [3.0] * 12)):
+        assert (by_default(broken).decision, by_default(broken).gate) == ("refuse", "failed")
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_where_nothing_was_checked_the_verdict_says_so(off: bool) -> None:
+    verdict = Verdict((), off=off)
+    assert (verdict.gate, verdict.decision, verdict.passed) == ("not gated", "promote", True)
+    assert verdict.why.startswith("not gated: ")
+    assert verdict.to_dict()["gate"] == "not gated"
+    suite = ElementTree.fromstring(junit_xml("models:/m/2", verdict).encode())
+    assert (suite.get("tests"), suite.get("skipped")) == ("1", "1"), "no suite is green for nothing"
+    noted = replace(verdict, note="it is the same model as the champion")
+    assert (noted.gate, noted.decision) == ("not gated", "keep")
+    assert noted.why.startswith("not gated; it is the same model")
+
+
+@pytest.mark.parametrize("written", [False, "off", {"off": True}])
+def test_the_gate_is_switched_off_in_a_word(written) -> None:
+    assert GateSettings.model_validate(written).off
+
+
+def test_what_is_off_checks_nothing() -> None:
+    with pytest.raises(ValueError, match="off: true checks nothing; leave out off, or thresholds"):
+        GateSettings.model_validate({"off": True, "thresholds": {"kl_mean": {"max": 1}}})
+    with pytest.raises(ValueError, match="GateSettings"):
+        GateSettings.model_validate(True)

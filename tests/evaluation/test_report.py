@@ -155,6 +155,17 @@ def test_the_verdict_comes_first(folder: Path) -> None:
     assert "Passed: it may become champion" in page(alone(), folder).text
 
 
+def test_what_was_not_gated_is_not_shown_in_green(folder: Path) -> None:
+    mine = found(RIGHT)
+    shown = page(Evaluation(FIRST, mine, Verdict((), off=True), None), folder)
+    first = next(a for tag, a in shown.elements if tag == "section")
+    assert (first.get("class") or "").split() == ["verdict", "keep"]
+    text = " ".join(shown.text.split())
+    assert "Not gated: it may become champion, and nothing was checked" in text
+    assert "gate: off in the profile" in text
+    assert "Passed" not in text
+
+
 def test_figures_stand_beside_the_champion_and_full_precision(folder: Path) -> None:
     shown = " ".join(page(beside_the_champion(), folder).text.split())
     assert "Compared with models:/m/1." in shown

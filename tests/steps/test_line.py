@@ -204,6 +204,28 @@ def test_the_gate_refuses_and_says_by_how_much(line, connected: Workspace) -> No
     assert registry.alias_of("tiny", "champion") == "1"
 
 
+def test_a_gate_that_is_off_is_said_everywhere(line, connected: Workspace) -> None:
+    place, _, _ = line
+    profile = write_profile(place.folder, "tiny-off", gate="off")
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not gated" in done.stdout.splitlines()[-1]
+    version = registry.describe(registry.VersionName("tiny-off", "1"))
+    assert (version.tags["gate"], version.tags["gate_decision"]) == ("not gated", "promote")
+    assert "**Gate**: not gated" in version.description
+    assert registry.alias_of("tiny-off", "champion") == "1"
+
+
+def test_a_profile_that_says_nothing_of_a_gate_has_one(line, connected: Workspace) -> None:
+    place, _, _ = line
+    # Greedy answers of random weights never end.
+    profile = write_profile(place.folder, "tiny-silent", gate={})
+    done = place.step("main", "--profile", str(profile))
+    assert done.returncode == EXIT_GATE, done.stdout + done.stderr
+    assert registry.describe(registry.VersionName("tiny-silent", "1")).tags["gate"] == "failed"
+    assert registry.alias_of("tiny-silent", "champion") is None
+
+
 def test_both_flavors_are_registered_and_measured_side_by_side(line, connected: Workspace) -> None:
     place, _, _ = line
     profile = write_profile(place.folder, "tiny-both", flavor="both")

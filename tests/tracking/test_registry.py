@@ -52,6 +52,15 @@ class TestOneAtATime:
         assert tags["promoted_at"].startswith("20")
         assert promotion.CLAIM not in registry.client().get_registered_model(NAME).tags
 
+    def test_what_was_not_gated_becomes_champion_and_is_recorded_as_such(self) -> None:
+        not_gated = {**PASSED, "gate": "not gated", "gate_reasons": "not gated: switched off"}
+        add(PASSED, not_gated)
+        promote(version(1), overrule=False)
+        assert promote(version(2), overrule=False).moved
+        tags = registry.describe(version(2)).tags
+        assert tags["promotion_reason"] == "not gated: switched off"
+        assert tags["promotion_forced"] == "false", "it was switched off, not overruled"
+
     def test_again_changes_nothing(self) -> None:
         add(PASSED)
         promote(version(1), overrule=False)
