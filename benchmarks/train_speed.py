@@ -4,8 +4,9 @@
     python benchmarks/train_speed.py --tiny         # a random tiny one: shows that it works
 
 Each run is a process of its own, and the two take turns. Tokens per second count from the first
-step, which warms up, to the last; loading and merging are no part of it. Checkpoints are. trl trains
-on a token more per row: the line break that the chat template writes after the end of a turn.
+step, which warms up, to the last; loading and merging are no part of it. Checkpoints are. trl
+trains on a token more per row: the line break that the chat template writes after the end of a
+turn.
 """
 
 from __future__ import annotations
