@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.core.meter import peak_rss_bytes
-from phi3_mlflow.evaluation.checks import check_answer
 from phi3_mlflow.evaluation.logits import find_model, local_files
 from phi3_mlflow.evaluation.statistics import quantile
+from phi3_mlflow.evaluation.wrong import why_wrong
 from phi3_mlflow.tracking.connection import connect
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Answer:
         completion_tokens: how many tokens the answer has.
         finish_reason: `stop`, or `length` when the limit cut it off.
         repeats: the answer goes round in circles.
+        why_wrong: what its check says against it; empty of a right answer.
     """
 
     question_id: str
@@ -56,6 +57,7 @@ class Answer:
     completion_tokens: int
     finish_reason: str
     repeats: bool
+    why_wrong: str = ""
 
     def row(self) -> dict[str, Any]:
         """The answer as `answers.jsonl` holds it."""
@@ -151,10 +153,15 @@ def ask(model_uri: str, questions: Sequence[Question], progress: Meter) -> Answe
             "reason is too little memory. Close other programs, or take a smaller profile."
         ) from error
     checked = (
-        replace(answer, correct=check_answer(question.check, answer.text))
-        for question, answer in zip(questions, answers, strict=True)
+        judged(answer, question) for question, answer in zip(questions, answers, strict=True)
     )
     return Answers(tuple(checked), load_seconds, peak)
+
+
+def judged(answer: Answer, question: Question) -> Answer:
+    """The answer with what its question's check says of it."""
+    why = why_wrong(question.check, answer.text)
+    return replace(answer, correct=not why, why_wrong=why)
 
 
 class _Asked:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
 from phi3_mlflow.evaluation.answers import Answer, repeats
-from phi3_mlflow.evaluation.checks import check_answer, describe
+from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
+from phi3_mlflow.evaluation.wrong import why_wrong
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.runs import child_run
 
@@ -93,7 +94,9 @@ def _code_scorers(asked: Mapping[str, Question]) -> list[Scorer]:
     @scorer
     def correct(outputs: str, trace: Any) -> Feedback:
         check = asked[trace.info.tags[QUESTION]].check
-        return Feedback(value=check_answer(check, outputs), rationale=f"wanted: {describe(check)}")
+        why = why_wrong(check, outputs)
+        told = f"wanted: {describe(check)}" + (f"; {why}" if why else "")
+        return Feedback(value=not why, rationale=told)
 
     @scorer
     def category(trace: Any) -> str:

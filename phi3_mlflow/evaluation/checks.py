@@ -73,7 +73,7 @@ class RegexCheck(StrictModel):
     @model_validator(mode="after")
     def _usable(self) -> RegexCheck:
         try:
-            found = _find(self.pattern, "", self.ignore_case, self.mode)
+            found = find(self.pattern, "", self.ignore_case, self.mode)
         except (regex.error, TimeoutError) as error:
             raise ValueError(f"pattern is not a usable regular expression: {error}") from None
         if found:
@@ -194,10 +194,10 @@ def check_answer(check: Check, answer: str | None) -> bool:
         if isinstance(check, ExactCheck):
             return len(answer) <= MAX_ANSWER_CHARS and _exact(check, head)
         if isinstance(check, NumericCheck):
-            return _numeric(check, head if check.take == "first" else answer[-MAX_ANSWER_CHARS:])
+            return _numeric(check, answer)
         if isinstance(check, RegexCheck):
-            return _find(check.pattern, head.strip(), check.ignore_case, check.mode)
-        return any(_fits(value, check.shape) for value in _json_values(head, check.strict))
+            return find(check.pattern, head.strip(), check.ignore_case, check.mode)
+        return any(_fits(value, check.shape) for value in json_values(head, check.strict))
     except TimeoutError:
         return False
 
@@ -221,20 +221,33 @@ _NUMBER = re.compile(
 )
 
 
-def _numeric(check: NumericCheck, answer: str) -> bool:
+def number_in(check: NumericCheck, answer: str) -> str | None:
+    """The number of an answer that counts, without commas; None when there is none."""
+    first = check.take == "first"
+    judged = answer[:MAX_ANSWER_CHARS] if first else answer[-MAX_ANSWER_CHARS:]
     number = None
-    for match in _NUMBER.finditer(answer.replace("\u2212", "-")):
-        number = match
-        if check.take == "first":
+    for match in _NUMBER.finditer(judged.replace("\u2212", "-")):
+        number = match.group().replace(",", "")
+        if first:
             break
+    return number
+
+
+def _numeric(check: NumericCheck, answer: str) -> bool:
+    number = number_in(check, answer)
     if number is None:
         return False
     # Decimals, because floats make 0.1 + 0.2 unequal to 0.3 and need a slack that hides errors.
-    given, value = Decimal(number.group().replace(",", "")), Decimal(repr(check.value))
+    given, value = Decimal(number), Decimal(repr(check.value))
     return abs(given - value) <= Decimal(repr(check.tolerance))
 
 
-def _find(pattern: str, text: str, ignore_case: bool, mode: str) -> bool:
+def find(pattern: str, text: str, ignore_case: bool, mode: str) -> bool:
+    """Whether a pattern is found in a text, or matches all of it.
+
+    Raises:
+        TimeoutError: it was not done within `REGEX_SECONDS`.
+    """
     compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
     find = compiled.fullmatch if mode == "fullmatch" else compiled.search
     return find(text, timeout=REGEX_SECONDS) is not None
@@ -244,7 +257,7 @@ _JSON = json.JSONDecoder(parse_constant=no_constant)
 _FENCE = re.compile(r"\s*```[A-Za-z]*\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
 
-def _json_values(answer: str, strict: bool) -> Iterator[Any]:
+def json_values(answer: str, strict: bool) -> Iterator[Any]:
     """Give the JSON the answer holds: at most one value."""
     if strict:
         fenced = _FENCE.fullmatch(answer)
@@ -261,11 +274,16 @@ def _json_values(answer: str, strict: bool) -> Iterator[Any]:
 
 
 def _fits(value: Any, shape: Shape) -> bool:
-    schema = shape.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     try:
-        return bool(_validator_class()(schema, registry=_no_references()).is_valid(value))
+        return bool(validator_of(shape).is_valid(value))
     except RecursionError:  # an error repeats the value in its message, however deep it is
         return False
+
+
+def validator_of(shape: Shape) -> Any:
+    """A validator of jsonschema's for a shape."""
+    schema = shape.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return _validator_class()(schema, registry=_no_references())
 
 
 @lru_cache
@@ -276,7 +294,7 @@ def _validator_class() -> Any:
     validators: Any = jsonschema.validators
 
     def pattern(_: Any, wanted: str, value: Any, __: Any) -> Iterator[Exception]:
-        if isinstance(value, str) and not _find(wanted, value, False, "search"):
+        if isinstance(value, str) and not find(wanted, value, False, "search"):
             yield jsonschema.ValidationError("does not match")
 
     return validators.extend(jsonschema.Draft202012Validator, {"pattern": pattern})

@@ -6,8 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.progress import hide_bars_of_transformers
-from phi3_mlflow.evaluation.answers import Answer, repeats
-from phi3_mlflow.evaluation.checks import check_answer
+from phi3_mlflow.evaluation.answers import Answer, judged, repeats
 from phi3_mlflow.evaluation.divergence import batches
 
 if TYPE_CHECKING:
@@ -97,18 +96,17 @@ def _together(
         stop = next((at for at, token in enumerate(tokens) if token in ends), None)
         said = tokens if stop is None else tokens[:stop]
         text = tokenizer.decode(said, skip_special_tokens=True)
-        answers.append(
-            Answer(
-                question_id=question.id,
-                category=question.category,
-                text=text,
-                correct=check_answer(question.check, text),
-                seconds=seconds,
-                first_seconds=None,
-                prompt_tokens=int(inputs["attention_mask"][row].sum()),
-                completion_tokens=len(said),
-                finish_reason="length" if stop is None else "stop",
-                repeats=repeats(text),
-            )
+        answer = Answer(
+            question_id=question.id,
+            category=question.category,
+            text=text,
+            correct=False,
+            seconds=seconds,
+            first_seconds=None,
+            prompt_tokens=int(inputs["attention_mask"][row].sum()),
+            completion_tokens=len(said),
+            finish_reason="length" if stop is None else "stop",
+            repeats=repeats(text),
         )
+        answers.append(judged(answer, question))
     return answers

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from phi3_mlflow.evaluation import checks
+from phi3_mlflow.evaluation.wrong import why_wrong
 
 CHECK: TypeAdapter[Any] = TypeAdapter(checks.Check)
 
@@ -96,6 +97,9 @@ HOSTILE = [
 @pytest.mark.parametrize("index", range(len(HOSTILE)))
 def test_hostile_answers_are_wrong_and_do_not_raise(index: int) -> None:
     assert [checks.check_answer(c, HOSTILE[index]) for c in CHECKS] == [False] * len(CHECKS)
+    for told in (why_wrong(c, HOSTILE[index]) for c in CHECKS):
+        assert told
+        assert len(told.encode()) < 2000
 
 
 def test_no_answer_is_wrong() -> None:
@@ -109,6 +113,7 @@ def test_catastrophic_pattern_ends() -> None:
 @given(st.text(max_size=200))
 def test_check_answer_is_pure_and_boolean(answer: str) -> None:
     first = [checks.check_answer(c, answer) for c in CHECKS]
+    assert [not why_wrong(c, answer) for c in CHECKS] == first
     assert first == [checks.check_answer(c, answer) for c in CHECKS]
     assert all(isinstance(result, bool) for result in first)
 
@@ -168,3 +173,98 @@ def test_a_value_too_deep_for_a_message_is_wrong() -> None:
 def test_what_a_schema_may_not_hold_is_refused(keyword: str) -> None:
     with pytest.raises(ValueError, match=r"Extra inputs|extra_forbidden"):
         check(kind="json", schema={keyword: "https://example.org/schema"})
+
+
+OBJECT = {
+    "type": "object",
+    "properties": {
+        "name": {"pattern": "(?i)^Tom$"},
+        "age": {"enum": [30]},
+        "tags": {"maxItems": 1},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer", "told"),
+    [
+        (
+            {"kind": "exact", "value": "yes", "reject": ["no", "maybe"]},
+            "Yes, or no.",
+            'it says "no", which a right answer does not',
+        ),
+        ({"kind": "exact", "value": "Madrid"}, "Rome", 'it does not hold "Madrid" as whole words'),
+        (
+            {"kind": "exact", "value": "a", "aliases": ["b"], "mode": "equals"},
+            "a, or so",
+            'it says more than "a"',
+        ),
+        ({"kind": "exact", "value": "a", "mode": "equals"}, "c", 'it is not "a"'),
+        ({"kind": "exact", "value": "Ab", "mode": "identical"}, "ab.", 'letter by letter "Ab"'),
+        (
+            {"kind": "numeric", "value": 42},
+            "4, then 1,243",
+            "the last number in it is 1243, wanted",
+        ),
+        ({"kind": "numeric", "value": 42, "tolerance": 0.5}, "43", "wanted 42 ± 0.5"),
+        ({"kind": "numeric", "value": 42}, "none", "there is no number in it"),
+        ({"kind": "regex", "pattern": r"\bGARDEN\b"}, "a lawn", 'it does not hold "GARDEN"'),
+        (
+            {"kind": "regex", "pattern": r"\bGARDEN\b"},
+            "garden",
+            "in other capital or small letters",
+        ),
+        ({"kind": "regex", "pattern": r"\b(hi|hello)\b"}, "bye", 'not hold "hi" or "hello"'),
+        (
+            {"kind": "regex", "pattern": r"\W*ready\W*", "mode": "fullmatch"},
+            "I am ready",
+            'it has "ready", but more than that',
+        ),
+        ({"kind": "regex", "pattern": "a{3}b+"}, "ab", "what the pattern a{3}b+ describes"),
+        ({"kind": "json", "schema": OBJECT}, "Tom, 30", "there is no JSON object or array in it"),
+        ({"kind": "json", "schema": OBJECT, "strict": True}, "{}!", "as a whole it is not JSON"),
+        ({"kind": "json", "schema": OBJECT}, '{"name": "Tom"}', 'the JSON lacks "age"'),
+        ({"kind": "json", "schema": OBJECT}, '{"name": "Tom", "age": 31}', "age is 31, wanted 30"),
+        (
+            {"kind": "json", "schema": OBJECT},
+            '{"name": "Tim", "age": 30, "x": 1}',
+            'the JSON also has "x"',
+        ),
+        (
+            {"kind": "json", "schema": OBJECT},
+            '{"name": "Tim", "age": 30}',
+            'name is "Tim", wanted "T',
+        ),
+        (
+            {"kind": "json", "schema": {"items": {"type": "integer"}}},
+            '[1, "\\ud800"]',
+            '[1] is "?", wanted integer',
+        ),
+        ({"kind": "json", "schema": {"maxItems": 1}}, "[1, 2]", "has 2 items, wanted at most 1"),
+        (
+            {"kind": "json", "schema": {"items": {"minimum": 3}}},
+            "[1]",
+            "[0] is 1, wanted at least 3",
+        ),
+        (
+            {"kind": "json", "schema": {"items": {"type": "null"}}},
+            "[1, 2, 3, 4, 5]",
+            ", and 2 more",
+        ),
+        ({"kind": "exact", "value": "a"}, " \n", "there is no answer"),
+    ],
+)
+def test_a_wrong_answer_says_why(fields: dict[str, Any], answer: str, told: str) -> None:
+    assert told in why_wrong(check(**fields), answer)
+
+
+def test_a_pattern_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> bool:
+        raise TimeoutError
+
+    pattern = check(kind="regex", pattern="ab")
+    monkeypatch.setattr(checks, "find", slow)
+    monkeypatch.setattr("phi3_mlflow.evaluation.wrong.find", slow)
+    assert why_wrong(pattern, "abc") == "the pattern was not done with it within 0.5 s"

@@ -64,7 +64,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def found(right: Sequence[bool], kl: float = 0.1) -> Measurement:
     made = measurement(right, [kl] * 9, size_bytes=1e8)
-    hostile = tuple(replace(a, text=f"answer {a.question_id} {HOSTILE}") for a in made.answers)
+    hostile = tuple(
+        replace(
+            a,
+            text=f"answer {a.question_id} {HOSTILE}",
+            why_wrong="" if a.correct else f"it says {a.question_id} {HOSTILE}",
+        )
+        for a in made.answers
+    )
     return replace(made, answers=hostile, sample={"question": HOSTILE, "answer": HOSTILE})
 
 
@@ -128,6 +135,7 @@ def test_what_models_and_questions_say_is_shown_as_it_is(folder: Path) -> None:
         f"Number 1? {HOSTILE}",
         f"wanted 1{HOSTILE} or else",
         f"answer q1 {HOSTILE}",
+        f"It says q1 {HOSTILE}.",
         f"reference {HOSTILE}",
         f"file:{HOSTILE}",
     ):

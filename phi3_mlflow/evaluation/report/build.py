@@ -96,6 +96,7 @@ class WorstAnswer:
         turns: role and text of each message.
         wanted: what a right answer looks like.
         answer: of this version.
+        why: that is wrong.
         marks: what else is wrong with it.
         champion: the champion's answer, if there is one.
         champion_right: whether that is right.
@@ -108,6 +109,7 @@ class WorstAnswer:
     turns: tuple[tuple[str, str], ...]
     wanted: str
     answer: str
+    why: str
     marks: tuple[str, ...]
     champion: str | None
     champion_right: bool
@@ -360,6 +362,7 @@ def _worst(
                 turns=tuple((m.role, _cut(m.content)) for m in question.messages),
                 wanted=describe(question.check),
                 answer=_cut(answer.text),
+                why=answer.why_wrong,
                 marks=_marks(answer),
                 champion=_cut(other.text) if other else None,
                 champion_right=bool(other and other.correct),
