@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.sets import Sets
     from phi3_mlflow.evaluation.task import Task, TaskScore
 
-_OF_ANSWERS = ("accuracy", "endless_rate", "repetition_rate")
+OF_ANSWERS = ("accuracy", "endless_rate", "repetition_rate")
 """What answers tell that were given many at a time: nothing about speed."""
 
 
@@ -57,7 +57,7 @@ def measure_checkpoint(
     metrics = task_metrics([answer.correct for answer in task_answers], task)
     if answers:
         general = Answers(answers, load_seconds=0.0, peak_memory_bytes=0).metrics()
-        metrics |= {name: general[name] for name in _OF_ANSWERS}
+        metrics |= {name: general[name] for name in OF_ANSWERS}
     if scores:
         metrics["perplexity"] = Divergence(scores).metrics()["perplexity"]
     return Measurement(metrics, answers, scores, {}, task_answers, task)

@@ -10,6 +10,7 @@ A folder per version:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.core.progress import show_progress
+from phi3_mlflow.evaluation.answers import Answers
 from phi3_mlflow.evaluation.assessments import log_answers
+from phi3_mlflow.evaluation.baseline import OF_ANSWERS
 from phi3_mlflow.evaluation.gate import (
     Verdict,
     against_champion,
@@ -26,11 +29,18 @@ from phi3_mlflow.evaluation.gate import (
     trained_verdict,
 )
 from phi3_mlflow.evaluation.junit import junit_xml
-from phi3_mlflow.evaluation.measure import long_prompts, measured, measured_checkpoint
+from phi3_mlflow.evaluation.logits import find_model
+from phi3_mlflow.evaluation.measure import (
+    kept,
+    long_prompts,
+    measured,
+    measured_checkpoint,
+    size_of,
+)
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.metrics import BASE, FULL
 from phi3_mlflow.evaluation.paired import TIMED
-from phi3_mlflow.evaluation.reference import answer_all
+from phi3_mlflow.evaluation.reference import answer_all, answer_alone
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
 from phi3_mlflow.evaluation.task import gain_kept, training_curve
@@ -42,6 +52,9 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.evaluation.sets import Sets
     from phi3_mlflow.evaluation.settings import EvaluationSettings, GateSettings
+
+
+_ASKED_ALONE = 8  # questions that tell full precision's speed; it says ten tokens per second
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Evaluator:
         """Measure a version and ask the gate; everything about it is written to `out`."""
         out.mkdir(parents=True)
         found = self._measure(version, fresh=self.fresh)
-        found = self._assess(version, found)
+        found = self._beside_full_precision(self._assess(version, found))
         base = None
         if self.base is not None:
             base = self._measure_checkpoint(self.base, self.sets)
@@ -117,21 +130,49 @@ class Evaluator:
             return found
         return replace(found, metrics={**found.metrics, **opinions})
 
-    def _reference_answers(self, evaluation: Evaluation) -> dict[str, str]:
-        """What full precision says to the questions that are shown.
+    def _beside_full_precision(self, found: Measurement) -> Measurement:
+        """Put next to a version's figures those that were measured of full precision."""
+        full = self._asked_full.metrics if self._asked_full else {}
+        size = {"size_bytes": size_of(find_model(self.reference.path))}
+        named = {f"{name}{FULL}": value for name, value in {**size, **full}.items()}
+        return replace(found, metrics={**found.metrics, **named})
 
-        In size full only, because it says some ten tokens per second, and where the model as a
-        whole fits well into memory, unless the profile says otherwise.
-        """
-        if self.settings.size != "full" or self.settings.reference_answers == "never":
-            return {}
-        if self.settings.reference_answers == "auto" and not _fits_well(self.reference.path):
+    def _reference_answers(self, evaluation: Evaluation) -> dict[str, str]:
+        """What full precision says to the questions that are shown, where it was asked."""
+        if self._asked_full is None:
             return {}
         shown = {worst.id for worst in worst_answers(evaluation, self.sets.questions, {})}
-        asked = [question for question in self.sets.questions if question.id in shown]
-        with show_progress("full precision", len(asked), "answered") as bar:
+        answers = self._asked_full.answers
+        return {a.question_id: a.text for a in answers if a.question_id in shown}
+
+    @cached_property
+    def _asked_full(self) -> Measurement | None:
+        """What full precision itself says to the questions, how fast, in how much memory.
+
+        In size full only, because it says some ten tokens per second, and where the model as a
+        whole fits well into memory, unless the profile says otherwise. Once per checkpoint.
+        """
+        wanted = self.settings.size == "full" and self.settings.reference_answers != "never"
+        if not wanted or not self.sets.questions:
+            return None
+        if self.settings.reference_answers == "auto" and not _fits_well(self.reference.path):
+            return None
+        questions = self.sets.digests()["questions_sha256"]
+        parts = {"full_precision": self.reference.digest, "questions": questions}
+        return kept(parts, self._ask_full, self.store, known=bool(self.reference.digest))[0]
+
+    def _ask_full(self) -> Measurement:
+        asked = self.sets.questions
+        alone = asked[:: max(1, len(asked) // _ASKED_ALONE)][:_ASKED_ALONE]
+        with show_progress("full precision", len(asked) + len(alone), "answered") as bar:
+            timed = answer_alone(self.reference.path, alone, bar)
             answers = answer_all(self.reference.path, asked, bar)
-        return {answer.question_id: answer.text for answer in answers}
+        told = Answers(answers, load_seconds=0.0, peak_memory_bytes=0).metrics()
+        metrics = {name: told[name] for name in OF_ANSWERS}
+        if timed is not None:
+            cost = Answers(timed[0], load_seconds=0.0, peak_memory_bytes=timed[1]).metrics()
+            metrics |= {name: cost[name] for name in ("tokens_per_second", "peak_memory_bytes")}
+        return Measurement(metrics, answers, (), {})
 
     def _with_task(self, found: Measurement, base: Measurement) -> Measurement:
         """Put next to a fine-tuned version's figures those of its base and of full precision."""

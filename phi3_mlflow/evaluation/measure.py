@@ -80,7 +80,7 @@ def measured(
     def make() -> Measurement:
         return measure(model_uri, reference=reference, sets=sets, window=window, store=store)
 
-    return _kept(parts, make, store, known=bool(content) and not fresh, model_uri=model_uri)
+    return kept(parts, make, store, known=bool(content) and not fresh, model_uri=model_uri)
 
 
 def measured_checkpoint(
@@ -100,10 +100,10 @@ def measured_checkpoint(
     def make() -> Measurement:
         return measure_checkpoint(checkpoint, sets, window, store)
 
-    return _kept(parts, make, store)[0]
+    return kept(parts, make, store)[0]
 
 
-def _kept(
+def kept(
     parts: Mapping[str, Any],
     make: Callable[[], Measurement],
     store: StepCache,
@@ -166,13 +166,12 @@ def measure(
     task_answers = tuple(answer for answer in counted if answer.category == CATEGORY)
     divergence = diverge(reference, model, sets.texts, window, store=store)
     scores = loss_on_task(find_model(model), task, store) if task else ()
-    size = sum(f.stat().st_size for f in find_model(model).rglob("*") if f.is_file())
     return Measurement(
         metrics={
             **divergence.metrics(),
             **answers.metrics(),
             **task_metrics([answer.correct for answer in task_answers], scores),
-            "size_bytes": float(size),
+            "size_bytes": size_of(find_model(model)),
         },
         answers=answers.answers,
         scores=divergence.scores,
@@ -180,6 +179,11 @@ def measure(
         task_answers=task_answers,
         task_scores=scores,
     )
+
+
+def size_of(folder: Path) -> float:
+    """Bytes of the files in a folder."""
+    return float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def long_prompts(reference: Path, needles: Sequence[Needle]) -> list[Question]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.core.progress import hide_bars_of_transformers
+from phi3_mlflow.core import console
+from phi3_mlflow.core.meter import peak_rss_bytes
+from phi3_mlflow.core.progress import hide_bars_of_transformers, no_progress
 from phi3_mlflow.evaluation.answers import Answer, judged, repeats
 from phi3_mlflow.evaluation.divergence import batches
 
@@ -20,7 +25,10 @@ _BATCH_TOKENS = 4096  # of prompts and answers computed together, padding includ
 
 
 def answer_all(
-    checkpoint: Path, questions: Sequence[Question], progress: Meter
+    checkpoint: Path,
+    questions: Sequence[Question],
+    progress: Meter,
+    batch_tokens: int = _BATCH_TOKENS,
 ) -> tuple[Answer, ...]:
     """Ask a Hugging Face checkpoint, greedily.
 
@@ -32,6 +40,8 @@ def answer_all(
         checkpoint: the folder, with its tokenizer and chat template.
         questions: what to ask.
         progress: counts the questions.
+        batch_tokens: of prompts and answers computed together, padding included; 1 asks one
+            question after another, and the times are theirs.
 
     Returns:
         One answer per question, in the same order.
@@ -62,13 +72,44 @@ def answer_all(
         for prompt, question in zip(prompts, questions, strict=True)
     ]
     answers: dict[int, Answer] = {}
-    for group in batches(lengths, _BATCH_TOKENS):
+    for group in batches(lengths, batch_tokens):
         made = _together(
             model, tokenizer, [prompts[i] for i in group], [questions[i] for i in group]
         )
         answers.update(zip(group, made, strict=True))
         progress.advance(len(group))
     return tuple(answers[index] for index in range(len(questions)))
+
+
+def answer_alone(
+    checkpoint: Path, questions: Sequence[Question], progress: Meter
+) -> tuple[tuple[Answer, ...], int] | None:
+    """Ask a checkpoint one question at a time, in a process that holds nothing else.
+
+    Args:
+        checkpoint: the folder, with its tokenizer and chat template.
+        questions: what to ask.
+        progress: counts the questions.
+
+    Returns:
+        The answers with the time that each took, and the peak memory in bytes; None when the
+        process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found = pool.submit(_alone, checkpoint, tuple(questions)).result()
+    except BrokenProcessPool:
+        console.say("  full precision's process died; the usual reason is too little memory")
+        return None
+    progress.advance(len(questions))
+    return found
+
+
+def _alone(checkpoint: Path, questions: Sequence[Question]) -> tuple[tuple[Answer, ...], int]:
+    with no_progress("full precision", len(questions)) as bar:  # the parent shows how far it is
+        answers = answer_all(checkpoint, questions, bar, batch_tokens=1)
+    return answers, peak_rss_bytes()
 
 
 def _together(

@@ -62,8 +62,9 @@ class EvaluationSettings(Section):
     )
     reference_answers: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="in size full, whether the report shows what full precision itself says; it is "
-        "loaded as a whole for that. auto: where it takes at most half of the free memory",
+        description="in size full, whether full precision itself is asked all questions, once per "
+        "checkpoint, so that its right answers, speed and memory stand beside the version's; it "
+        "is loaded as a whole for that. auto: where it takes at most half of the free memory",
     )
     judge: JudgeSettings | None = Field(
         default=None, description="a model that judges the answers; default: none"

@@ -177,6 +177,8 @@ def test_what_was_not_gated_is_not_shown_in_green(folder: Path) -> None:
 def test_figures_stand_beside_the_champion_and_full_precision(folder: Path) -> None:
     shown = " ".join(page(beside_the_champion(), folder).text.split())
     assert "Compared with models:/m/1." in shown
+    assert "What int4 bought, and what it cost" in shown
+    assert "Not measured of full precision: size on disk" in shown
     for words in ("this version champion difference full precision", "33.3%", "66.7%", "worse"):
         assert words in shown, words
     assert re.search(r"KL divergence from full precision .*? 0.300 nats 0.100 nats", shown)

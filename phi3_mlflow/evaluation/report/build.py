@@ -13,6 +13,7 @@ from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
 from phi3_mlflow.evaluation.metrics import BASE, FULL, METRICS, formatted, label
 from phi3_mlflow.evaluation.paired import NAMES
 from phi3_mlflow.evaluation.report import plots
+from phi3_mlflow.evaluation.report.bought import bought
 from phi3_mlflow.evaluation.result import TEXTS_TAG, Evaluation, ModelFacts
 from phi3_mlflow.evaluation.statistics import Interval, wilson
 from phi3_mlflow.tracking import registry
@@ -31,11 +32,6 @@ WORST = 20
 """The tag of a version that holds the digest of the texts it was measured on last."""
 _LONGEST_SHOWN = 1200  # characters of a prompt or an answer
 _PLOTTED = ("size_bytes", "tokens_per_second", "kl_mean")
-_FULL_PRECISION = {
-    "perplexity": "perplexity_reference",
-    "task_accuracy": f"task_accuracy{FULL}",
-    "task_loss": f"task_loss{FULL}",
-}
 _OF_FULL_PRECISION = {"perplexity_ratio": 1.0, "kl_mean": 0.0, "top1_agreement": 1.0}
 
 
@@ -155,6 +151,7 @@ def write_report(
         verdict=verdict,
         champion=verdict.against,
         rows=metric_rows(evaluation),
+        bought=bought(evaluation.measurement.metrics),
         categories=category_rows(named),
         plots={name: plots.svg(plot, name) for name, plot in drawn.items()},
         worst=worst_answers(evaluation, sets.questions, reference_answers or {}),
@@ -235,7 +232,8 @@ def metric_rows(evaluation: Evaluation) -> list[MetricRow]:
         if metric not in metrics or metric == "perplexity_reference":
             continue
         before = f"{metric}{BASE}"
-        reference = metrics.get(_FULL_PRECISION.get(metric, ""), _OF_FULL_PRECISION.get(metric))
+        known = "perplexity_reference" if metric == "perplexity" else f"{metric}{FULL}"
+        reference = metrics.get(known, _OF_FULL_PRECISION.get(metric))
         change, state = _change(metric, metrics[metric], theirs.get(metric), judged.get(metric))
         rows.append(
             MetricRow(
