@@ -84,6 +84,17 @@ class Pipeline(Follower, AbstractContextManager["Pipeline"]):
         self.outcomes.append(outcome)
         return outcome
 
+    def outcome(self, step: Step[Any, Rec]) -> Outcome[Rec]:
+        """How a step ended that was done.
+
+        Raises:
+            LookupError: it was not.
+        """
+        for outcome in self.outcomes:
+            if outcome.step is step:
+                return outcome
+        raise LookupError(f"{step.name} was not done")
+
     def _in_process(self, planned: PlannedStep[Any]) -> Outcome[Any]:
         step = planned.step
         if self._processes is None:

@@ -41,6 +41,7 @@ from phi3_mlflow.tracking.registry import VersionName
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.config.profile import Profile
@@ -159,6 +160,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             version = registry.find_version(uri, request.profile.registered_model)
             verdict = result.verdict
             console.say(f"  {uri}: gate {verdict.gate}, {verdict.decision}: {verdict.why}")
+            console.say(f"  report: {report_file(entry, uri)}")
             registry.set_tags(
                 version,
                 {
@@ -242,6 +244,11 @@ def model_facts(profile: Profile) -> ModelFacts:
         source=profile.origin,
         precision=profile.precision,
     )
+
+
+def report_file(entry: Entry, uri: str) -> Path:
+    """Where the report on a version is, in what `evaluate` left in the cache."""
+    return entry.path / registry.number_of(uri) / "report.html"
 
 
 def headline_metrics(result: EvaluatedVersion) -> dict[str, float]:

@@ -12,21 +12,14 @@ Ends with code 3 when the gate refuses the version: the alias `champion` then st
 
 from __future__ import annotations
 
-import shlex
-import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache
-from phi3_mlflow.config.loading import find_profile, profile_names
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
-from phi3_mlflow.core.git import origin
-from phi3_mlflow.core.shipped import checkout
-from phi3_mlflow.evaluation.metrics import headline
+from phi3_mlflow.core.errors import GateRefused
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.pipeline.dry_run import foretell, text
 from phi3_mlflow.pipeline.runner import Pipeline
@@ -42,10 +35,10 @@ from phi3_mlflow.stages import (
     search,
     train,
 )
+from phi3_mlflow.stages.ending import say_done, say_refused
 from phi3_mlflow.stages.evaluate import headline_metrics
 from phi3_mlflow.stages.foresight import foreseen_for, refuse_what_does_not_fit
-from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.connection import connect, tracking_identity
+from phi3_mlflow.tracking.connection import connect
 from phi3_mlflow.tracking.runs import step_run
 
 if TYPE_CHECKING:
@@ -130,16 +123,24 @@ class Main(Command):
             aside = set() if request.profile.search.on else {"search"}
             run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
             with Pipeline(request, run.run_id, partial(say_what_is_needed, request)) as pipeline:
-                done = follow(sequence(fetch.followed(request)), pipeline)
-                run.log_headline(headline_metrics(done.record(EVALUATE).challenger))
-                report(request, pipeline, done)
-        verdict = done.record(EVALUATE).challenger.verdict
+                try:
+                    done = follow(sequence(fetch.followed(request)), pipeline)
+                except GateRefused:
+                    evaluated = pipeline.outcome(EVALUATE)
+                    run.log_headline(headline_metrics(evaluated.record.challenger))
+                    say_refused(request, evaluated)
+                    raise
+                evaluated, promoted = pipeline.outcome(EVALUATE), done.record(PROMOTE)
+                verdict = evaluated.record.challenger.verdict
+                run.log_headline(headline_metrics(evaluated.record.challenger))
+                busy = any(not outcome.hit for outcome in pipeline.outcomes[:-1])
+                say_done(request, evaluated, promoted, worked=busy)
         worked = sum(not outcome.hit for outcome in pipeline.outcomes)
         print(
             summary_line(
                 step="main", status="done", profile=request.profile.name, steps_done=worked,
                 run_id=run.run_id, **run.figures(),
-                gate=f"{verdict.gate}, {verdict.decision}", champion=done.record(PROMOTE).champion,
+                gate=f"{verdict.gate}, {verdict.decision}", champion=promoted.champion,
             ),
             flush=True,
         )  # fmt: skip
@@ -163,65 +164,6 @@ def say_what_is_needed(request: Request, first: Step[Any, Any]) -> None:
         lines = [f"  {step:<9} {needs}" for step, needs in foreseen.items()]
         console.say("\n".join(["This run needs, beside what is in the cache:", *lines]))
         refuse_what_does_not_fit(request.profile, foreseen, cache.root)
-
-
-def report(request: Request, pipeline: Pipeline, done: Done) -> None:
-    """Tell the person who started it what there is now, and what to do with it."""
-    name = request.profile.registered_model
-    aliases = {alias: registry.alias_of(name, alias) for alias in ("challenger", "champion")}
-    worked = [outcome for outcome in pipeline.outcomes[:-1] if not outcome.hit]
-    lines = ["", "-" * 78]
-    if not worked and not done.record(PROMOTE).moved:
-        lines.append("Nothing to do: everything is as an earlier run left it.")
-    lines.append(f"Registered model  {name}")
-    lines += [f"  {alias:<12} version {version}" for alias, version in aliases.items() if version]
-    lines.append("Measured")
-    evaluated = done.record(EVALUATE).challenger
-    lines += [f"  {label:<34} {shown}" for label, shown in headline(headline_metrics(evaluated))]
-    lines += ["Asked", f"  {evaluated.sample.question}", f"  > {evaluated.sample.answer}"]
-    lines += ["Next", *(f"  {line}" for line in next_commands(request))]
-    console.say("\n".join([*lines, "-" * 78]))
-
-
-def next_commands(request: Request) -> list[str]:
-    """Commands to copy, with the programs of the environment this runs in."""
-    mlflow = Path(sys.executable).with_name("mlflow")
-    program = str(mlflow) if mlflow.exists() else "mlflow"
-    if mlflow.is_relative_to(Path.cwd()):
-        program = str(mlflow.relative_to(Path.cwd()))
-    store = shlex.quote(tracking_identity())
-    name, profile = request.profile.registered_model, shlex.quote(_from_anywhere(request))
-    project = _project()
-    serve = (
-        f"phi3-mlflow serve --profile {profile}"
-        if project is None
-        else f"{program} run {project} -e serve --env-manager local -P profile={profile}"
-    )
-    return [
-        "look at it:       " + f"{program} ui --backend-store-uri {store}",
-        "serve it:         " + f"MLFLOW_TRACKING_URI={store} {serve}",
-        "  or with MLflow: " + f"MLFLOW_TRACKING_URI={store} {program} models serve "
-        f"-m models:/{name}@champion --env-manager local -p 5001",
-        "run Phi-3-mini:   make run PROFILE=phi-3-mini-4k",
-    ]
-
-
-def _from_anywhere(request: Request) -> str:
-    """The profile as it is named from any working folder."""
-    given = request.value("profile")
-    return given if given in profile_names() else str(find_profile(given).absolute())
-
-
-def _project() -> str | None:
-    """How `mlflow run` is told where the project is; None for an installed package."""
-    root = checkout()
-    if root is None:
-        return None
-    if root == Path.cwd():
-        return "."
-    # `mlflow run GIT_URL` works in a clone that is gone afterwards.
-    passing = root.is_relative_to(Path(tempfile.gettempdir()).resolve())
-    return shlex.quote((origin().url if passing else None) or str(root))
 
 
 COMMAND = Main()

@@ -36,6 +36,11 @@ def tracking_identity() -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+def is_server(uri: str) -> bool:
+    """Whether a tracking store is a server, which has its own pages, and not a database."""
+    return uri.startswith(("http://", "https://"))
+
+
 def connect() -> str:
     """Point MLflow at the tracking store and the experiment; returns the tracking URI.
 
@@ -116,7 +121,7 @@ def check_server(uri: str) -> None:
     Raises:
         EnvironmentProblem: nobody answers, after three attempts that were told.
     """
-    if not uri.startswith(("http://", "https://")) or uri in _answered:
+    if not is_server(uri) or uri in _answered:
         return
     shown = tracking_identity()
     for pause in (*_PAUSES_S, None):

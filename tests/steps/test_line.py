@@ -176,6 +176,11 @@ def test_the_gate_refuses_and_says_by_how_much(line, connected: Workspace) -> No
     assert done.returncode == EXIT_GATE, done.stdout + done.stderr
     assert "above the max 1e-09" in done.stderr
     assert "accuracy is 0, 1 below the min 1" in done.stderr
+    assert "To try" in done.stderr
+    assert "report.html" in done.stderr
+    found = registry.client().search_runs(["1"], "tags.profile = 'tiny-strict'")
+    refused = next(run for run in found if run.data.tags["step"] == "main")
+    assert refused.data.metrics["kl_mean"] > 1e-9
     assert "stays with version 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert registry.alias_of("tiny", "champion") == "1"
