@@ -50,8 +50,8 @@ def say_done(
         lines.append("Nothing to do: everything is as an earlier run left it.")
     state = "is the champion now" if promoted.moved else "is the champion"
     lines += [
-        f"Gate: {found.verdict.gate}, {found.verdict.decision}: {found.verdict.why}",
-        f"{promoted.champion} {state}: {promoted.reason}",
+        f"Gate: {found.verdict.told}",
+        f"{promoted.champion} {state}{_why(promoted, found)}",
         f"Registered model  {name}",
         *_aliases(name),
         *_figures(evaluated),
@@ -135,6 +135,11 @@ def next_commands(request: Request) -> list[str]:
         f"-m models:/{name}@champion --env-manager local -p 5001",
         "run Phi-3-mini:   make run PROFILE=phi-3-mini-4k",
     ]
+
+
+def _why(promoted: PromotionRecord, found: EvaluatedVersion) -> str:
+    """Why the alias stands where it does, where the verdict has not said it already."""
+    return "" if promoted.reason == found.verdict.explained else f": {promoted.reason}"
 
 
 def _aliases(name: str) -> list[str]:

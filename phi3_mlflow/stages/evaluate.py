@@ -159,7 +159,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         for uri, result in record.versions.items():
             version = registry.find_version(uri, request.profile.registered_model)
             verdict = result.verdict
-            console.say(f"  {uri}: gate {verdict.gate}, {verdict.decision}: {verdict.why}")
+            console.say(f"  {uri}: gate: {verdict.told}")
             console.say(f"  report: {report_file(entry, uri)}")
             registry.set_tags(
                 version,

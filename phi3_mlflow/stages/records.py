@@ -112,6 +112,13 @@ class VerdictRecord(_Frozen):
     reasons: tuple[str, ...] = ()
 
     @property
+    def told(self) -> str:
+        """The verdict in a line: gate, decision and why."""
+        if self.why.startswith(self.gate):
+            return self.why
+        return f"{self.gate}, {self.decision}: {self.why}"
+
+    @property
     def explained(self) -> str:
         """What speaks against the version, a line per reason; the decision when nothing does."""
         return "\n".join(self.reasons) or self.why

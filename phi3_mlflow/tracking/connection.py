@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+from ssl import SSLError
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
@@ -141,13 +142,21 @@ def check_server(uri: str) -> None:
 
 
 def _unreachable(uri: str) -> str | None:
-    """Why nobody takes a connection at the address of a server; None when somebody does."""
+    """Why nobody answers at the address of a server; None when somebody does, whatever it is."""
     parts = urlsplit(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    asked = kind(parts.hostname or "", parts.port, timeout=_PROBE_S)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=_PROBE_S).close()
+        asked.connect()
+        asked.request("GET", f"{parts.path.rstrip('/')}/health")
+        asked.getresponse()
     except TimeoutError:
-        return f"no connection within {_PROBE_S:g} s"
+        what = "connection" if asked.sock is None else "answer"
+        return f"no {what} within {_PROBE_S:g} s"
+    except (HTTPException, SSLError):
+        return None  # somebody is there: what is wrong with it, MLflow says
     except OSError as error:
         return error.strerror or str(error)
+    finally:
+        asked.close()
     return None

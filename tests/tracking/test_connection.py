@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -27,8 +29,27 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+class _Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
 def listening() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 
@@ -50,6 +71,17 @@ def test_a_server_that_is_there_is_asked_once(listening: int) -> None:
     connection.check_server(uri)
     assert uri in connection._answered
     connection.check_server(uri)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_that_takes_the_connection_and_never_answers(
+    scheme: str, silent: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connection, "_PROBE_S", 0.2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://127.0.0.1:{silent}")
+    with pytest.raises(EnvironmentProblem, match=r"does not answer: no \w+ within 0\.2 s"):
+        connection.connect()
+    assert capsys.readouterr().err.count("trying again in") == 2
 
 
 def test_a_name_that_nobody_has() -> None:
