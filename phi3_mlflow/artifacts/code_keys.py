@@ -35,7 +35,7 @@ NEUTRAL_MODULES = {
     "phi3_mlflow.config.profile": "holds settings; their values are in the key",
     "phi3_mlflow.core.console": "shows remarks",
     "phi3_mlflow.core.errors": "words and exit codes of failures, which leave no output",
-    "phi3_mlflow.core.machine": "measures the machine; a step refuses to start, or works the same",
+    "phi3_mlflow.core.machine": "measures the machine; what is chosen by it is in the key",
     "phi3_mlflow.core.meter": "measures time and memory",
     "phi3_mlflow.core.metrics": "makes metrics of reports, which are logged beside the output",
     "phi3_mlflow.core.progress": "shows progress",

@@ -36,6 +36,16 @@ def available_memory() -> int | None:
     return min(found) if found else None
 
 
+def whole_memory() -> int | None:
+    """Bytes that this machine has, used or not, and that the control group allows.
+
+    None where the system does not say.
+    """
+    limits = (_number(group / "memory.max") for group in _groups())
+    found = [value for value in (_memory("MemTotal"), *limits) if value is not None]
+    return min(found) if found else None
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16; without them it is emulated."""
     try:
@@ -54,6 +64,12 @@ def free_disk(path: Path) -> int:
 
 
 def _system_memory() -> int | None:
+    found = _memory("MemAvailable")
+    return _memory("MemFree") if found is None else found
+
+
+def _memory(name: str) -> int | None:
+    """A line of the system's account of its memory; all there is where it keeps none."""
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -62,7 +78,7 @@ def _system_memory() -> int | None:
         except (AttributeError, ValueError, OSError):
             return None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-    return sizes.get("MemAvailable", sizes.get("MemFree"))
+    return sizes.get(name)
 
 
 def _group_memory() -> int | None:

@@ -49,6 +49,12 @@ class Decoder:
         self._rotary = Phi3RotaryEmbedding(self.config)
 
     @property
+    def head_size(self) -> int:
+        """Width of a query of one head."""
+        heads = self.config.num_attention_heads
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // heads)
+
+    @property
     def head(self) -> str:
         """The tensor that the head multiplies with; the embedding's where they are tied."""
         return EMBEDDING if self.config.tie_word_embeddings else HEAD

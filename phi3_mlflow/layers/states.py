@@ -68,6 +68,13 @@ class States:
             done += count
         return rows
 
+    def rows(self, places: torch.Tensor) -> torch.Tensor:
+        """A copy of single rows, by their numbers, int64 in rising order, which lie close by."""
+        if not len(places):
+            return torch.empty((0, self.width), dtype=torch.float32)
+        first = int(places[0])
+        return self.read(first, int(places[-1]) + 1)[places - first]
+
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Replace rows."""
         if self._matrix is not None:

@@ -42,11 +42,13 @@ class Code:
         root: the checkout it is in; None for the installed package that runs.
         commit: which commit that is.
         note: why it is not the version's own, or empty.
+        present: whether it is the code that runs.
     """
 
     root: Path | None
     commit: str
     note: str = ""
+    present: bool = True
 
     @property
     def calibration(self) -> Path:
@@ -85,7 +87,7 @@ def code_at(commit: str, root: Path | None, present: Origin, place: Path) -> Cod
     # `mlflow run GIT_URL` clones a single commit; where that came from has the others.
     for origin in (str(root) if root else None, present.url):
         if origin and _check_out(origin, commit, place):
-            return Code(place, commit)
+            return Code(place, commit, present=False)
     where = root or "the installed package"
     return Code(
         root,
@@ -122,6 +124,9 @@ def write_profile(recipe: Recipe, code: Code, folder: Path, data: Path | None = 
     if recipe.rows:
         found = find_rows(recipe, code, folder, data)
         content["train"] = {**content["train"], **{k: str(place) for k, place in found.items()}}
+        if code.present:
+            # A recipe that names no engine is of a time when there was one.
+            content["train"].setdefault("engine", "memory")
     elif data is not None:
         raise UserError("parameter: data: the version was not fine-tuned; leave data out")
     if recipe.calibration_sha256 is not None:

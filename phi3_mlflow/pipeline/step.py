@@ -110,6 +110,11 @@ class Step(Command, Generic[In, Rec]):
     def settings(self, request: Request) -> Settings:
         """The typed values that decide the output."""
 
+    def decided(self, request: Request, inputs: In) -> Settings:
+        """The same, with what is left open there decided by the inputs and the machine."""
+        del inputs
+        return self.settings(request)
+
     @abstractmethod
     def work(self, work: Work[In]) -> None:
         """Do it, and leave the output in `work.out`."""
@@ -210,7 +215,7 @@ def plan(step: Step[In, Any], request: Request, cache: StepCache) -> PlannedStep
     inputs = step.inputs(request, cache)
     parts = {
         "step": step.name,
-        "settings": step.settings(request),
+        "settings": step.decided(request, inputs),
         "inputs": {name: given.identity for name, given in named_inputs(inputs).items()},
         "code": step.closure.hashes(),
         "libraries": library_versions([step.closure]),

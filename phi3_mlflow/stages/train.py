@@ -7,7 +7,8 @@ Takes JSONL, CSV or Parquet with messages, prompt and completion, ShareGPT or Al
 is only on what the assistant says. The result is a checkpoint like that of `fetch`, which the steps
 after it take, with `adapter/` in PEFT's format, `training.json`, and in `validation.jsonl` the rows
 that it is validated with. A killed run goes on where it was, and the same checkpoint, rows and
-settings give the same bytes.
+settings give the same bytes. A model that is too large for the machine's memory is read layer by
+layer (`train.engine`).
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ if TYPE_CHECKING:
     from phi3_mlflow.tracking.runs import StepRun
     from phi3_mlflow.training.data import TrainingData
     from phi3_mlflow.training.masking import TokenizedRows
+    from phi3_mlflow.training.run import Trained
     from phi3_mlflow.training.settings import TrainSettings
-    from phi3_mlflow.training.train import Trained
 
 _NAMED = 20  # rows that are too long
+_ENGINES = {
+    "memory": "with the whole model in memory",
+    "streamed": "with the model read layer by layer",
+}
 _DECIDES_NO_BYTE = {"data", "validation", "log_as"}  # of the rows, their content does
 
 
@@ -77,6 +82,18 @@ class Train(Step[TrainInputs, NoRecord]):
     def settings(self, request: Request) -> Settings:
         return settings_of(request).model_dump(mode="json", exclude=_DECIDES_NO_BYTE)
 
+    def decided(self, request: Request, inputs: TrainInputs) -> Settings:
+        from phi3_mlflow.stages.engine import engine_of
+
+        given = inputs.validation
+        engine = engine_of(
+            settings_of(request),
+            inputs.checkpoint.value,
+            inputs.data.value,
+            given.value if given else None,
+        )
+        return {**self.settings(request), "engine": engine}
+
     def run(self, request: Request) -> None:
         """Do the step; in the others of several processes, take part in the training."""
         from phi3_mlflow.training import processes
@@ -97,11 +114,11 @@ class Train(Step[TrainInputs, NoRecord]):
         from phi3_mlflow.training.task import write_validation
 
         _require_processes(work.request)
-        checkpoint = work.inputs.checkpoint.value
-        require_room(checkpoint, settings_of(work.request), work.cache.root)
+        checkpoint, chosen = work.inputs.checkpoint.value, _chosen(work)
+        require_room(checkpoint, chosen, work.cache.root)
         data = _load(work)
-        refuse_overlap(work.request.profile, data, allowed=settings_of(work.request).allow_overlap)
-        rows, validation = _tokenize(checkpoint, data, settings_of(work.request))
+        refuse_overlap(work.request.profile, data, allowed=chosen.allow_overlap)
+        rows, validation = _tokenize(checkpoint, data, chosen)
         work.run.log_rows("train", work.inputs.data, len(rows.rows))
         if given := work.inputs.validation:
             work.run.log_rows("validation", given, len(data.validation))
@@ -156,6 +173,11 @@ def settings_of(request: Request) -> TrainSettings:
             "  train:\n    data: FILE"
         )
     return chosen
+
+
+def _chosen(work: Work[TrainInputs]) -> TrainSettings:
+    """The settings, with the engine that has been decided on."""
+    return settings_of(work.request).model_copy(update={"engine": work.settings["engine"]})
 
 
 def _require_processes(request: Request) -> None:
@@ -257,36 +279,29 @@ def _tokenize(
 def _train(
     work: Work[TrainInputs], rows: TokenizedRows, validation: TokenizedRows | None, adapter: Path
 ) -> Trained:
-    from phi3_mlflow.training.train import train
+    from phi3_mlflow.stages.engine import require_memory_for
 
-    _require_memory(work, rows)
+    chosen = _chosen(work)
+    if needed := require_memory_for(work.inputs.checkpoint.value, chosen, rows):
+        work.metrics["estimated_memory_bytes"] = float(needed.total)
+    # Each engine with libraries of its own: those of the other take memory, too.
+    if chosen.engine == "streamed":
+        from phi3_mlflow.training.streamed import train
+    else:
+        from phi3_mlflow.training.train import train
+
+    console.say(f"  {_ENGINES[chosen.engine]} (train.engine: {chosen.engine})")
     with ExitStack() as shown:
         return train(
             work.inputs.checkpoint.value,
             rows.rows,
             validation.rows if validation else (),
-            settings_of(work.request),
+            chosen,
             folder=adapter.parent / "run",
             out=adapter,
             base_model=work.request.profile.base_model,
             listener=_Listener(work.run, shown),
         )
-
-
-def _require_memory(work: Work[TrainInputs], rows: TokenizedRows) -> None:
-    """On a CPU; how much a GPU needs was not measured."""
-    import torch
-
-    from phi3_mlflow.training.memory import require_memory
-    from phi3_mlflow.training.packing import pack
-
-    if torch.cuda.is_available():
-        return
-    chosen = settings_of(work.request)
-    sequences = pack(rows.rows, chosen.max_length) if chosen.packing else rows.rows
-    longest = max((len(row.input_ids) for row in sequences), default=0)
-    needed = require_memory(work.inputs.checkpoint.value, chosen, longest)
-    work.metrics["estimated_memory_bytes"] = float(needed.total)
 
 
 class _Listener:

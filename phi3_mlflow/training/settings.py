@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from phi3_mlflow.core.section import Section
 from phi3_mlflow.rows.location import is_uri
@@ -16,6 +16,7 @@ from phi3_mlflow.rows.location import is_uri
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Engine = Literal["memory", "streamed"]
 Format = Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"]
 
 
@@ -102,8 +103,18 @@ class TrainSettings(Section):
         min_length=1,
         description="the projections that get an adapter, by their names in the model",
     )
+    engine: Literal["auto", Engine] = Field(
+        default="auto",
+        description="memory has the whole model in memory; streamed reads it layer by layer, "
+        "forward and backward, needs a fraction of the memory and takes longer. auto is memory "
+        "where the machine's memory suffices for that by the estimate, four fifths of all there "
+        "is, and streamed where it does not; what else runs at the moment changes nothing. The "
+        "two differ in the last bits: `training.json` says which one it was, the same version is "
+        "made again with it, and naming it gives the same bytes on machines of any size",
+    )
     gradient_checkpointing: bool = Field(
-        default=False, description="compute activations twice, and keep fewer in memory"
+        default=False,
+        description="compute activations twice, and keep fewer in memory; streamed always does",
     )
     seed: int = Field(
         default=0,
@@ -154,3 +165,20 @@ class TrainSettings(Section):
         if twice := sorted({name for name in value if value.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} is listed more than once")
         return value
+
+    @model_validator(mode="after")
+    def _streamed_as_it_can(self) -> TrainSettings:
+        if self.engine == "streamed" and (reasons := self.not_streamed()):
+            raise ValueError(
+                f"engine streamed has {' and '.join(reasons)}; change that, or choose engine memory"
+            )
+        return self
+
+    def not_streamed(self) -> list[str]:
+        """Which of the settings the engine streamed cannot do, and what it has instead."""
+        reasons = []
+        if self.num_processes > 1:
+            reasons.append(f"one process alone, and num_processes is {self.num_processes}")
+        if self.lora_dropout > 0:
+            reasons.append(f"no dropout, and lora_dropout is {self.lora_dropout:g}")
+        return reasons

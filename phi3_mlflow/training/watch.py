@@ -37,8 +37,15 @@ class Listener(Protocol):
         """
 
 
-class Watch(TrainerCallback):
-    """Tells the listener, marks checkpoints as whole, and stops what leads nowhere."""
+class Course:
+    """What a run does beside computing: tells its curve, marks checkpoints, stops astray ones.
+
+    Args:
+        settings: the choices.
+        listener: is told the curve.
+        folder: of the run's checkpoints.
+        vocabulary: tokens that the model knows.
+    """
 
     def __init__(
         self, settings: TrainSettings, listener: Listener, folder: Path, vocabulary: int
@@ -47,30 +54,17 @@ class Watch(TrainerCallback):
         self._guessing = math.log(vocabulary)
         self._seen, self._at = 0.0, 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def begins(self, state: TrainerState) -> None:
         """The start, or where the run goes on."""
         self._at = time.monotonic()
         self._listener.begins(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Also the last step is validated."""
-        if state.global_step >= state.max_steps and args.eval_steps:
-            control.should_evaluate = True
+    def logged(self, state: TrainerState, logs: Mapping[str, float]) -> None:
+        """A point of the curve, which is in the state's history already.
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """A point of the curve."""
-        logs = logs or {}
+        Raises:
+            UserError: it has gone astray.
+        """
         values = named_values(logs)
         if not values:
             return
@@ -83,16 +77,11 @@ class Watch(TrainerCallback):
         self._at = now
         self._listener.point(state.global_step, values)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Stop when the patience is over."""
-        if out_of_patience(state.log_history, self._settings):
-            control.should_save = control.should_training_stop = True
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether the patience is."""
+        return out_of_patience(state.log_history, self._settings)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def saved(self, state: TrainerState) -> None:
         """A checkpoint has been written, by all processes."""
         processes.wait_for_all()
         if processes.is_first():
@@ -121,6 +110,47 @@ class Watch(TrainerCallback):
             f"Nothing was made of it; {kept}. Choose a lower train.learning_rate than "
             f"{self._settings.learning_rate:g}, or a higher train.warmup_ratio."
         )
+
+
+class Watch(Course, TrainerCallback):
+    """The same, called by transformers' trainer."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The start, or where the run goes on."""
+        self.begins(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Also the last step is validated."""
+        if state.global_step >= state.max_steps and args.eval_steps:
+            control.should_evaluate = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """A point of the curve."""
+        self.logged(state, logs or {})
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop when the patience is over."""
+        if self.is_over(state):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A checkpoint has been written."""
+        self.saved(state)
 
 
 def named_values(logs: Mapping[str, float]) -> dict[str, float]:

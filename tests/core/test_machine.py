@@ -105,3 +105,14 @@ def test_bfloat16_by_the_processors_flags(
     assert machine.multiplies_bfloat16() is native
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
     assert not machine.multiplies_bfloat16()
+
+
+def test_the_whole_memory_does_not_depend_on_what_is_used(groups: Path) -> None:
+    limit_memory(groups, "max", 0)
+    whole = machine.whole_memory()
+    assert whole is not None
+    assert whole == machine._memory("MemTotal")
+    limit_memory(groups / "box", str(GIB), used=GIB // 2)
+    assert machine.whole_memory() == GIB
+    limit_memory(groups / "box", str(GIB), used=GIB)
+    assert machine.whole_memory() == GIB

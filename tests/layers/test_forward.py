@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.progress import no_progress
-from phi3_mlflow.layers import forward, head, states
+from phi3_mlflow.layers import forward, head, layer, states
 from phi3_mlflow.layers.decoder import Decoder
 from tests.fixtures.tiny_phi3 import make_tiny
 
@@ -74,7 +74,7 @@ def test_a_part_at_a_time_and_in_a_file_gives_the_same(
 ) -> None:
     pieces = random_pieces(LENGTHS)
     expected = streamed(checkpoint, pieces)
-    monkeypatch.setattr(forward, "_part", lambda width: 7)
+    monkeypatch.setattr(layer, "places_together", lambda width: 7)
     monkeypatch.setattr(head, "_CHUNK_BYTES", 4 * 64 * 50)
     monkeypatch.setattr(states.States.__init__, "__kwdefaults__", {"folder": None, "most": 100})
     torch.testing.assert_close(streamed(checkpoint, pieces), expected, rtol=1e-4, atol=1e-4)
