@@ -33,7 +33,7 @@ _LIBRARIES = 1_000_000_000  # bytes
 _AROUND = 1.5  # times what the matrices of a layer take in and give is kept of its forward pass
 _HEADS = 3.0  # times the logits
 _FLOAT = 4  # bytes
-_PARTS = 1 << 29  # bytes: some of the head, some of the logits, what some places leave in an MLP
+_PARTS = 5 << 26  # bytes: what some places leave in an MLP; some of the head, and of the logits
 _SHARE = 0.8  # of a machine's memory that a model in memory may take
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -94,14 +94,11 @@ def streamed_memory(
     count = layers or sizes.layers
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     tokens = max(longest, min(PASS_TOKENS, batch * longest))
-    states = _FLOAT * tokens * sizes.hidden
-    # Before and after each layer; of one layer, what is given, comes between and comes back; of its
-    # attention, inputs and outputs and their gradients.
-    kept = min(count * states, IN_MEMORY) + min(states, IN_MEMORY) + 3 * states
-    kept += int(_FLOAT * tokens * 2 * sizes.attention)
-    # A matrix is there twice while it is read, as it is stored and in float32.
-    weights = sizes.layer + sizes.largest
-    return TrainingMemory(int(_FLOAT * weights), sizes.adapter(count), kept + _PARTS)
+    state = _FLOAT * sizes.hidden
+    # What lies between layers is in memory up to a size, of fewer tokens than the most perhaps.
+    held = min(tokens, IN_MEMORY // (count * state))
+    most = max(sizes.passed(tokens), held * count * state + sizes.passed(held))
+    return TrainingMemory(int(_FLOAT * sizes.layer), sizes.adapter(count), most)
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,6 @@ class _Sizes:
         layers: that the checkpoint has.
         layer: weights of one.
         others: weights outside of them.
-        largest: weights of the largest matrix in a layer.
         around: what the matrices of a layer take in and give.
         attention: what those of its attention do.
         hidden: states between layers.
@@ -123,7 +119,6 @@ class _Sizes:
     layers: int
     layer: float
     others: int
-    largest: int
     around: float
     attention: float
     hidden: int
@@ -143,13 +138,21 @@ class _Sizes:
             layers=layers,
             layer=sum(map(math.prod, inner.values())) / layers,
             others=sum(math.prod(shape) for name, shape in shapes.items() if name not in inner),
-            largest=max(map(math.prod, matrices.values())),
             around=sum(map(sum, matrices.values())) / layers,
             attention=sum(attention) / layers,
             hidden=max(shape[0] for shape in inner.values() if len(shape) == 1),
             vocabulary=max(shape[0] for shape in shapes.values()),
             pairs=settings.lora_r * sum(sum(shapes[name]) for name in adapted) / layers,
         )
+
+    def passed(self, tokens: int) -> int:
+        """Bytes of what a layer makes of tokens that are computed together.
+
+        What goes in, comes between and comes back; of attention, what goes into its matrices and
+        comes out of them, and then their gradients, or first an MLP for some of the places.
+        """
+        attention = int(_FLOAT * tokens * self.attention)
+        return 3 * _FLOAT * tokens * self.hidden + attention + max(attention, _PARTS)
 
     def adapter(self, layers: int) -> int:
         """Bytes of an adapter for so many layers, with its gradients and both moments."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,23 @@ def test_rows_are_found_where_they_were(tmp_path: Path) -> None:
     assert train.data == rows
     assert (train.learning_rate, train.lora_r, train.allow_overlap) == (0.001, 4, True)
     assert "peft" in recipe.libraries
+
+
+def test_the_engine_is_that_of_the_version_or_the_one_there_was(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    recipe = trained_recipe(tmp_path, data="rows.jsonl")
+    assert train_of(recipe, tmp_path / "old").engine == "memory"
+    named = {**recipe.profile["train"], "engine": "streamed"}
+    recipe = replace(recipe, profile={**recipe.profile, "train": named})
+    assert train_of(recipe, tmp_path / "new").engine == "streamed"
+
+
+def test_code_that_knows_no_engine_is_given_none(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    recipe = trained_recipe(tmp_path, data="rows.jsonl")
+    earlier = Code(ROOT, COMMIT, present=False)
+    content = yaml.safe_load(write_profile(recipe, earlier, tmp_path).read_text("utf-8"))
+    assert "engine" not in content["train"]
 
 
 def test_other_rows_are_refused_with_the_hash_that_is_needed(tmp_path: Path) -> None:

@@ -336,6 +336,59 @@ def test_several_processes_make_one_run(tmp_path, monkeypatch) -> None:
     assert report["steps"] == -(-report["train_rows"] // 16)
 
 
+@pytest.mark.slow
+def test_a_model_read_layer_by_layer_and_the_engine_in_the_key(tmp_path, monkeypatch) -> None:
+    place = Workspace(tmp_path)
+    write_rows(tmp_path / "tickets.jsonl", 0, 24)
+    train = {"data": "tickets.jsonl", "validation_share": 0.2, **SETTINGS}
+    profile = write_profile(tmp_path, train={**train, "engine": "streamed"})
+    assert place.step("fetch", "--profile", str(profile)).returncode == 0
+    done = place.step("train", "--profile", str(profile))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "read layer by layer (train.engine: streamed)" in done.stdout + done.stderr
+    place.enter(monkeypatch)
+    streamed = trained_by(place)
+    validate_checkpoint(streamed)
+    report = json.loads((streamed / "training.json").read_text())
+    assert report["settings"]["engine"] == "streamed"
+    known = json.loads((streamed / "provenance.json").read_text())
+    assert known["training"]["settings"]["engine"] == "streamed"
+    write_profile(tmp_path, train=train)  # the machine has room for a tiny model
+    done = place.step("train", "--profile", str(profile))
+    assert "with the whole model in memory" in done.stdout + done.stderr
+    other = json.loads((trained_by(place) / "training.json").read_text())
+    assert other["settings"] == {**report["settings"], "engine": "memory"}
+    assert len(other["curve"]) == len(report["curve"])
+    for point, in_memory in zip(report["curve"], other["curve"], strict=True):
+        assert point == pytest.approx(in_memory, rel=1e-3)
+    write_profile(tmp_path, train={**train, "engine": "memory"})
+    done = place.step("train", "--profile", str(profile))
+    assert "cached=true" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_engine_is_decided_by_the_machine_and_the_rows(tmp_path, monkeypatch) -> None:
+    from phi3_mlflow.stages import engine
+    from phi3_mlflow.stages.train import STEP
+    from phi3_mlflow.training import memory
+
+    rows = write_rows(tmp_path / "tickets.jsonl", 0, 24)
+    profile = load_profile(str(write_profile(tmp_path, train={"data": str(rows)})))
+    request = SimpleNamespace(profile=profile)
+    checkpoint = SimpleNamespace(value=tmp_path / "checkpoint")
+    inputs = TrainInputs(checkpoint, rows_input("train.data", rows), None)
+
+    def decided(machine: int) -> str:
+        monkeypatch.setattr(engine, "whole_memory", lambda: machine)
+        return STEP.decided(request, inputs)["engine"]
+
+    assert decided(64 * 10**9) == "memory"
+    # Rows are short; of max_length, a batch of eight would not fit. A layer is nothing here.
+    monkeypatch.setattr(memory, "_PARTS", 0)
+    assert decided(1_350_000_000) == "memory"
+    monkeypatch.setattr(engine, "_longest", lambda rows, chosen: chosen.max_length)
+    assert decided(1_350_000_000) == "streamed"
+
+
 def work_on(folder: Path, rows: Path) -> Any:
     """As much of a step's work as reads rows."""
     profile = load_profile(str(write_profile(folder, train={"data": str(rows)})))

@@ -90,14 +90,14 @@ def test_streamed_it_takes_a_layer_and_no_more_for_more_layers_or_rows(checkpoin
     assert needed(64).adapter == training_memory(checkpoint, settings(), 64).adapter
     many = needed(64, per_device_train_batch_size=1024)
     assert many == needed(64, per_device_train_batch_size=1024, gradient_accumulation_steps=9)
-    assert many == needed(PASS_TOKENS)
+    assert many == needed(PASS_TOKENS, per_device_train_batch_size=1)
     assert many.total > needed(64).total
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of many layers: headers, and no weights."""
-    config = {**MODELS["phi-3-mini-4k"], "num_hidden_layers": 32}
+    config = {"tie_word_embeddings": False, **MODELS["phi-3-mini-4k"]}
     shapes = tensor_shapes(config)
     folder, offset, header = tmp_path_factory.mktemp("large"), 0, {}
     for name, shape in shapes.items():
@@ -144,7 +144,7 @@ def test_auto_takes_the_engine_that_fits_the_machine(large: Path) -> None:
 def test_phi_3_mini_streamed_is_meant_to_fit_3_gb(large: Path) -> None:
     """The estimate; what is measured is in benchmarks/train_streamed.py."""
     chosen = TrainSettings(data=Path("rows.jsonl"), engine="streamed")
-    assert 2 * 10**9 < streamed_memory(large, chosen, 4096).total < 3.5 * 10**9
+    assert 2 * 10**9 < streamed_memory(large, chosen, 4096).total < 3 * 10**9
 
 
 def test_refusals_name_the_other_engine_or_what_is_left(large: Path) -> None:
