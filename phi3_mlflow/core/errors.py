@@ -18,6 +18,21 @@ EXIT_GATE = 3
 EXIT_DIFFERENT = 4
 
 
+_OUTCOMES = {
+    EXIT_DONE: "done",
+    EXIT_BAD_INPUT: "bad_input",
+    EXIT_GATE: "refused",
+    EXIT_DIFFERENT: "different",
+}
+
+
+def outcome_of(code: object) -> str:
+    """What an exit code means, in a word."""
+    if not isinstance(code, int):
+        return "failed"
+    return "stopped" if code > 128 else _OUTCOMES.get(code, "failed")
+
+
 class ProjectError(Exception):
     """An expected failure: the message says what is wrong, where, and what to do.
 

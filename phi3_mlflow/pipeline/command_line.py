@@ -14,11 +14,10 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import (
     EXIT_BAD_INPUT,
-    EXIT_DIFFERENT,
     EXIT_DONE,
     EXIT_FAULT,
-    EXIT_GATE,
     ProjectError,
+    outcome_of,
 )
 
 if TYPE_CHECKING:
@@ -124,13 +123,8 @@ def _complain(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-_STATUS = {EXIT_BAD_INPUT: "bad_input", EXIT_GATE: "refused", EXIT_DIFFERENT: "different"}
-
-
 def _summarize(name: str, code: object) -> None:
-    stopped = isinstance(code, int) and code > 128
-    status = "stopped" if stopped else _STATUS.get(code, "failed")  # type: ignore[call-overload]
-    print(summary_line(step=name, status=status, code=code), flush=True)
+    print(summary_line(step=name, status=outcome_of(code), code=code), flush=True)
 
 
 def _stop_on_terminate() -> None:

@@ -127,6 +127,11 @@ class Step(Command, Generic[In, Rec]):
     def after(self, request: Request, entry: Entry) -> None:
         """Done on every run, also when the output was there: marks such as aliases and tags."""
 
+    def run_name(self, request: Request, inputs: In) -> str:
+        """What its run is called."""
+        del inputs
+        return f"{self.name} {request.profile.name}"
+
     def told(self, entry: Entry) -> Mapping[str, str]:
         """What its summary line says of its output besides where that is."""
         del entry
@@ -256,7 +261,8 @@ def carry_out(
         with cache.settling():
             planned = plan(step, request, cache)
             held.enter_context(cache.using(planned.input_entries))
-        run = held.enter_context(step_run(step.name, request.profile.name, parent_run_id))
+        name = step.run_name(request, planned.inputs)
+        run = held.enter_context(step_run(step.name, request.profile.name, parent_run_id, name))
         held.enter_context(cache.locked(step.name, planned.key))
         run.log_settings(planned.parts["settings"], named_inputs(planned.inputs))
         entry = find_hit(planned, cache)

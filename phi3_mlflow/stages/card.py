@@ -26,6 +26,8 @@ def model_card(
     tags: Mapping[str, str],
     figures: Mapping[str, float] | None = None,
     hardware: str = "",
+    uri: str = "",
+    report: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -34,9 +36,13 @@ def model_card(
         tags: the version's tags.
         figures: what was measured, once it has been.
         hardware: what it was measured on.
+        uri: of the version, once it has one.
+        report: where the report on it is, as Markdown.
     """
     algorithm = tags.get("algorithm", "none")
     lines = [
+        _in_a_line(profile, tags),
+        "",
         f"## {profile.name}",
         "",
         profile.description,
@@ -59,12 +65,39 @@ def model_card(
         "base model apply.",
     ]
     lines += _verdict(tags)
+    if report:
+        lines += ["", f"**Report**: {report}"]
     if figures:
         lines += ["", "| measured | value |", "|---|---|"]
         lines += [f"| {name} | {text} |" for name, text in headline(figures)]
         if hardware:
             lines += ["", f"Measured on {hardware}."]
+    if uri:
+        lines += _how_to_use(profile, uri)
     return "\n".join(lines) + "\n"
+
+
+def _in_a_line(profile: Profile, tags: Mapping[str, str]) -> str:
+    """What the version is: all that a list of versions shows of its description."""
+    precision = tags.get("precision", profile.precision)
+    algorithm = tags.get("algorithm", "none")
+    weights = precision if algorithm == "none" else f"{precision} by {algorithm}"
+    tuned = ", fine-tuned" if "adapter_sha256" in tags else ""
+    return f"{profile.base_model}{tuned}, {weights}, flavor {tags.get('flavor', profile.flavor)}"
+
+
+def _how_to_use(profile: Profile, uri: str) -> list[str]:
+    chat = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    asked = '{"prompt": "Hello!"}' if profile.contract == "prompt" else chat
+    return [
+        "",
+        "**Use**",
+        "",
+        "```python",
+        f'model = mlflow.pyfunc.load_model("{uri}")',
+        f"model.predict({asked})",
+        "```",
+    ]
 
 
 def _verdict(tags: Mapping[str, str]) -> list[str]:

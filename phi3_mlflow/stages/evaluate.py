@@ -35,7 +35,7 @@ from phi3_mlflow.pipeline.inputs import (
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
 from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, RegisteredVersions
-from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking import registry, runs
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
 
@@ -148,6 +148,10 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         ).write(work.out)
         work.run.log_evaluation(work.out, sets.questions, sets.texts)
 
+    def run_name(self, request: Request, inputs: EvaluateInputs) -> str:
+        numbers = " ".join(f"v{version.version}" for version in inputs.version.value)
+        return f"{self.name} {numbers}"
+
     def told(self, entry: Entry) -> Mapping[str, str]:
         versions = self.record_of(entry).versions.items()
         said = {uri: f"{one.verdict.gate}, {one.verdict.decision}" for uri, one in versions}
@@ -174,7 +178,9 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
                 },
             )
             tags = registry.describe(version).tags
-            card = model_card(request.profile, tags, headline_metrics(result), record.hardware)
+            figures = headline_metrics(result)
+            report = runs.artifact_link(record.run_id, f"evaluation/{version.version}/report.html")
+            card = model_card(request.profile, tags, figures, record.hardware, uri, report)
             registry.set_description(version, card)
 
 

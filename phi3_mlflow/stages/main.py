@@ -39,7 +39,7 @@ from phi3_mlflow.stages.ending import say_done, say_refused
 from phi3_mlflow.stages.evaluate import headline_metrics
 from phi3_mlflow.stages.foresight import foreseen_for, refuse_what_does_not_fit
 from phi3_mlflow.tracking.connection import connect
-from phi3_mlflow.tracking.runs import step_run
+from phi3_mlflow.tracking.runs import StepRun, step_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,10 +127,12 @@ class Main(Command):
                     done = follow(sequence(fetch.followed(request)), pipeline)
                 except GateRefused:
                     evaluated = pipeline.outcome(EVALUATE)
+                    link_models(run, pipeline)
                     run.log_headline(headline_metrics(evaluated.record.challenger))
                     say_refused(request, evaluated)
                     raise
                 evaluated, promoted = pipeline.outcome(EVALUATE), done.record(PROMOTE)
+                link_models(run, pipeline)
                 verdict = evaluated.record.challenger.verdict
                 run.log_headline(headline_metrics(evaluated.record.challenger))
                 busy = any(not outcome.hit for outcome in pipeline.outcomes[:-1])
@@ -144,6 +146,15 @@ class Main(Command):
             ),
             flush=True,
         )  # fmt: skip
+
+
+def link_models(run: StepRun, pipeline: Pipeline) -> None:
+    """Show what was logged and registered with the run of the whole."""
+    models = pipeline.outcome(LOG).record.models
+    versions = pipeline.outcome(REGISTER).record.versions
+    run.link_models(
+        [model.model_id for model in models], [one.version_name.uri for one in versions]
+    )
 
 
 def sequence(moved: Mapping[str, str]) -> tuple[Part, ...]:

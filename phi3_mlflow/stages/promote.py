@@ -62,6 +62,11 @@ class Promote(Step[PromoteInputs, PromotionRecord]):
             "tracking": tracking_identity(),
         }
 
+    def run_name(self, request: Request, inputs: PromoteInputs) -> str:
+        if inputs.version is None:
+            return f"rollback {request.profile.registered_model}"
+        return f"{self.name} v{inputs.version.value.version}"
+
     def told(self, entry: Entry) -> Mapping[str, str]:
         record = self.record_of(entry)
         return {"champion": record.champion, "moved": str(record.moved).lower()}

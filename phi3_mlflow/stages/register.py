@@ -80,6 +80,16 @@ class Register(Step[RegisterInputs, RegisteredVersions]):
         _challenge(record.challenger, moves_back=work.request.flag("force"))
         record.write(work.out)
 
+    def after(self, request: Request, entry: Entry) -> None:
+        """Say what the registered model is, where nobody has."""
+        profile = request.profile
+        text = (
+            f"{profile.description}\n\nVersions of {profile.base_model} ({profile.licence}). The "
+            f"alias `{registry.CHAMPION}` is the version that passed the gate, "
+            f"`{registry.CHALLENGER}` the one registered last."
+        )
+        registry.describe_model(profile.registered_model, text)
+
     def missing(self, entry: Entry) -> str | None:
         for version in self.record_of(entry).versions:
             if not registry.exists(version.version_name):

@@ -183,6 +183,12 @@ def set_description(version: VersionName, text: str) -> None:
         client().update_model_version(version.name, version.version, description=text)
 
 
+def describe_model(name: str, text: str) -> None:
+    """Set a registered model's description, unless it has one."""
+    if not client().get_registered_model(name).description:
+        client().update_registered_model(name, description=text)
+
+
 def find_version(text: str, name: str) -> VersionName:
     """The version that a parameter means.
 

@@ -5,34 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import time
+import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.artifacts.cache import cache_root
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
-from phi3_mlflow.core.errors import ProjectError
+from phi3_mlflow.core.errors import EXIT_DONE, EXIT_FAULT, ProjectError, outcome_of
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.core.meter import ResourceMeter
+from phi3_mlflow.core.shipped import project_path
 from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.dead_runs import close_dead_runs, owner_tags
 from phi3_mlflow.tracking.row_sources import source_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import mlflow
     from matplotlib.figure import Figure
-    from mlflow.entities import Run
     from pydantic import BaseModel
 
     from phi3_mlflow.artifacts.cache import Entry
     from phi3_mlflow.artifacts.inputs import Input
 
 
-_LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
 _DIGEST_LENGTH = 36
+_DRAWN_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+"""A name that MLflow gives to a run that nobody named: bold-fox-123."""
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
 
@@ -59,7 +61,11 @@ class StepRun:
         for name, given in inputs.items():
             values[f"resolved.{name}"] = given.shown
             values[f"resolved.{name}.sha256"] = given.digest
-        named = [(name, str(value)[:_PARAM_LIMIT]) for name, value in values.items()]
+        named = [
+            (name, without_folders(str(value))[:_PARAM_LIMIT])
+            for name, value in values.items()
+            if value is not None
+        ]
         for start in range(0, len(named), _PARAMS_AT_ONCE):
             mlflow.log_params(dict(named[start : start + _PARAMS_AT_ONCE]))
 
@@ -116,6 +122,16 @@ class StepRun:
         digest = rows.digest[:_DIGEST_LENGTH]
         dataset = MetaDataset(source, name=rows.value.stem, digest=digest)  # type: ignore[abstract]
         mlflow.log_input(dataset, context, {"rows": str(count), "sha256": rows.digest})
+
+    def link_models(self, model_ids: Sequence[str], versions: Sequence[str]) -> None:
+        """Show logged models, and the versions that they became, with this run."""
+        import mlflow
+        from mlflow import MlflowClient
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = [LoggedModelOutput(model_id=model_id, step=0) for model_id in model_ids]
+        MlflowClient().log_outputs(self.run_id, outputs)
+        mlflow.set_tag("model_versions", " ".join(versions))
 
     def log_point(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of one step of a curve."""
@@ -181,22 +197,30 @@ class StepRun:
 
 
 @contextmanager
-def step_run(step: str, profile: str, parent_run_id: str | None = None) -> Iterator[StepRun]:
+def step_run(
+    step: str, profile: str, parent_run_id: str | None = None, name: str | None = None
+) -> Iterator[StepRun]:
     """Open the run of a step: the one `mlflow run` made, a child of `main`'s, or a new one.
 
     A step that fails leaves its run FAILED with the message as the tag `error`; one that is
-    stopped leaves it KILLED.
+    stopped leaves it KILLED. The tags `outcome` and `exit_code` say how it ended.
+
+    Args:
+        step: which one.
+        profile: its name.
+        parent_run_id: the run of `main`, if that runs the step.
+        name: of the run; default: the step's and the profile's.
     """
     import mlflow
 
-    with _open_run(step, parent_run_id) as run:
+    with _open_run(step, name or f"{step} {profile}", parent_run_id) as run, _marked():
         close_dead_runs(run.info.experiment_id)
         mlflow.set_tags(
             {
                 "step": step,
                 "profile": profile,
                 "git_commit": origin().commit,
-                **_owner(),
+                **owner_tags(),
             }
         )
         try:
@@ -214,8 +238,40 @@ def child_run(name: str, tags: Mapping[str, str]) -> Iterator[str]:
     """
     import mlflow
 
-    with mlflow.start_run(run_name=name, nested=True, tags={**tags, **_owner()}) as run:
+    own = {**tags, **owner_tags()}
+    with mlflow.start_run(run_name=name, nested=True, tags=own) as run, _marked():
         yield run.info.run_id
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Tag the active run with how what is done inside ends."""
+    code: object = EXIT_FAULT
+    try:
+        yield
+        code = EXIT_DONE
+    except ProjectError as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        raise
+    except SystemExit as stopped:
+        code = stopped.code
+        raise
+    finally:
+        _mark(code)
+
+
+def _mark(code: object) -> None:
+    """A store that is gone by now is no reason to hide why."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.set_tags({"outcome": outcome_of(code), "exit_code": str(code)})
+    except MlflowException as error:
+        console.say(f"  the outcome of the run could not be written: {error}")
 
 
 def open_child(name: str) -> str:
@@ -226,7 +282,7 @@ def open_child(name: str) -> str:
     parent = mlflow.active_run()
     if parent is None:
         raise RuntimeError("there is no active run to be the parent")
-    tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runName": name, **_owner()}
+    tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runName": name, **owner_tags()}
     client = MlflowClient()
     return str(client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id)
 
@@ -241,7 +297,7 @@ def close_child(run_id: str, status: str) -> None:
 
 
 @contextmanager
-def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun]:
+def _open_run(step: str, name: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun]:
     import mlflow
     from mlflow.entities import RunStatus
 
@@ -251,16 +307,18 @@ def _open_run(step: str, parent_run_id: str | None) -> Iterator[mlflow.ActiveRun
         parent = mlflow.get_run(parent_run_id)
         run = mlflow.start_run(
             experiment_id=parent.info.experiment_id,
-            run_name=step,
+            run_name=name,
             parent_run_id=parent_run_id,
             nested=True,
             log_system_metrics=watched,
         )
     else:
         run = mlflow.start_run(
-            run_name=None if os.environ.get("MLFLOW_RUN_ID") else step,
+            run_name=None if os.environ.get("MLFLOW_RUN_ID") else name,
             log_system_metrics=watched,
         )
+        if _DRAWN_NAME.fullmatch(run.info.run_name or ""):  # by `mlflow run`, for want of another
+            mlflow.set_tag("mlflow.runName", name)
     status = RunStatus.FINISHED
     try:
         yield run
@@ -286,62 +344,26 @@ def _watches_the_machine(step: str) -> bool | None:
     return None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else step != "main"
 
 
-def close_dead_runs(experiment_id: str) -> list[str]:
-    """Close runs that are still RUNNING and never will be anything else, as KILLED.
+def artifact_link(run_id: str, path: str) -> str:
+    """An artifact of a run in Markdown, as a link within MLflow's pages."""
+    import mlflow
 
-    These are the runs of processes of this machine that are no more, and those that `mlflow run`
-    opened a day ago for an environment that was never made.
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    return f"[{path}](#/experiments/{experiment}/runs/{run_id}/artifacts/{path}) of run `{run_id}`"
 
-    Returns:
-        The ids of the runs that were closed.
+
+def without_folders(value: str) -> str:
+    """A value without the folders of this machine, which mean nothing on another.
+
+    Files of the project and of the step cache keep their place in it.
     """
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    dead = {run.info.run_id: why for run in running if (why := _why_dead(run))}
-    for run_id, why in dead.items():
-        client.set_tag(run_id, "error", why)
-        client.set_terminated(run_id, "KILLED")
-    return list(dead)
-
-
-def _why_dead(run: Run) -> str | None:
-    """Why a run that MLflow shows as RUNNING is not; None when it may be."""
-    tags = run.data.tags
-    if "owner_host" in tags:
-        mine = tags["owner_host"] == socket.gethostname()
-        gone = mine and not _alive(tags)
-        return "the process that did the work ended without a word" if gone else None
-    opened_only = tags.get("mlflow.source.type") == "PROJECT" and "step" not in tags
-    if opened_only and time.time() - run.info.start_time / 1000 > _LONGEST_TO_BEGIN_S:
-        return "it never began: most likely its environment could not be made"
-    return None
-
-
-def _owner() -> dict[str, str]:
-    """Tags that tell later whether the process of a run still exists."""
-    import psutil
-
-    return {
-        "owner_host": socket.gethostname(),
-        "owner_pid": str(os.getpid()),
-        "owner_started": str(psutil.Process().create_time()),
-    }
-
-
-def _alive(tags: Mapping[str, str]) -> bool:
-    import psutil
-
-    try:
-        process = psutil.Process(int(tags["owner_pid"]))
-        # The number may have gone to another process since.
-        same = abs(float(process.create_time()) - float(tags["owner_started"])) < 1
-        return same and str(process.status()) != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except (KeyError, ValueError, psutil.Error):
-        return True  # not known to be dead
+    head = "sqlite:///" if value.startswith("sqlite:////") else ""
+    path = Path(value.removeprefix(head))
+    if not path.is_absolute() or "\n" in value:
+        return value
+    if path.is_relative_to(cache_root()):
+        return f"cache:{path.relative_to(cache_root())}"
+    return head + (project_path(path) or f"…/{path.name}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

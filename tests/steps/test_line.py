@@ -73,6 +73,11 @@ def test_the_version_says_where_it_comes_from(line, connected: Workspace) -> Non
     assert version.tags["gate"] == "passed"
     assert len(version.tags["artifact_sha256"]) == 64
     assert "Licence**: MIT" in version.description
+    assert version.description.startswith("none, int4 by rtn, flavor onnx\n")
+    assert "**Gate**: passed, promote" in version.description
+    assert 'load_model("models:/tiny/1")' in version.description
+    assert "/artifacts/evaluation/1/report.html)" in version.description
+    assert registry.client().get_registered_model("tiny").description.startswith("a tiny random")
 
 
 def test_every_step_is_a_child_run_with_its_cost_and_manifest(line, connected: Workspace) -> None:
@@ -82,11 +87,17 @@ def test_every_step_is_a_child_run_with_its_cost_and_manifest(line, connected: W
     children = client.search_runs(
         [experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     )
+    assert parent.info.run_name == "main tiny"
+    assert [m.model_id for m in parent.outputs.model_outputs], "its models are linked"
+    assert parent.data.tags["model_versions"] == "models:/tiny/1"
     by_step = {run.data.tags["step"]: run for run in children}
     assert set(by_step) == {
         "fetch", "quantize", "export", "log", "register", "evaluate", "promote",
     }  # fmt: skip
+    assert by_step["evaluate"].info.run_name == "evaluate v1"
     for step, run in by_step.items():
+        assert (run.data.tags["outcome"], run.data.tags["exit_code"]) == ("done", "0")
+        assert "None" not in run.data.params.values()
         assert run.info.status == "FINISHED"
         for metric in ("wall_time_s", "peak_rss_bytes", "bytes_read", "bytes_written"):
             assert metric in run.data.metrics, (step, metric)
