@@ -1,6 +1,6 @@
 """Look after the cache of step outputs: list it, check it, make it smaller.
 
-    mlflow run . -e cache
+    mlflow run . --env-manager local -e cache
     python -m steps.cache --do size
     python -m steps.cache --do verify
     python -m steps.cache --do prune --older-than 30d

@@ -1,6 +1,6 @@
 """Measure versions against the full-precision checkpoint, and say whether they pass the gate.
 
-    mlflow run . -e evaluate -P profile=smollm2-135m
+    mlflow run . --env-manager local -e evaluate -P profile=smollm2-135m
     python -m steps.evaluate --profile smollm2-135m --version 3 --size full
     python -m steps.evaluate --questions mine.csv
 

@@ -1,6 +1,6 @@
 """Export a checkpoint to a directory that onnxruntime-genai opens, and check what was built.
 
-    mlflow run . -e export -P profile=smollm2-135m
+    mlflow run . --env-manager local -e export -P profile=smollm2-135m
     python -m steps.export --profile smollm2-135m --precision fp32
 
 onnxruntime-genai's model builder makes the graph; the weights stream from the checkpoint into

@@ -1,6 +1,6 @@
 """Fetch a model from its source into the cache, checked, as a Hugging Face checkpoint.
 
-    mlflow run . -e fetch -P profile=smollm2-135m
+    mlflow run . --env-manager local -e fetch -P profile=smollm2-135m
     python -m steps.fetch --profile phi-3-mini-4k
 
 The source and its pinned revision are the profile's `source`. Whatever arrives is compared with

@@ -1,6 +1,6 @@
 """Log the model to MLflow, in the ONNX flavor, the transformers flavor, or both.
 
-    mlflow run . -e log -P profile=smollm2-135m
+    mlflow run . --env-manager local -e log -P profile=smollm2-135m
     python -m steps.log --profile smollm2-135m --flavor transformers
 
 Both flavors take MLflow's chat request and give the same OpenAI-shaped answer. Nothing is pickled:

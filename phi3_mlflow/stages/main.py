@@ -1,7 +1,7 @@
 """Take a model all the way: fetch, train, quantize, export, log, register, evaluate, promote.
 
-    mlflow run .
-    mlflow run . -P profile=phi-3-mini-4k
+    mlflow run . --env-manager local
+    mlflow run . --env-manager local -P profile=phi-3-mini-4k
     python -m steps.main --profile smollm2-135m --algorithm rtn
 
 Each step is a child run of one parent run. What an earlier run has made already is taken from the

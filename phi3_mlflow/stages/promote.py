@@ -1,6 +1,6 @@
 """Move the alias `champion` to a version that passed the gate, or back to the one before.
 
-    mlflow run . -e promote -P profile=smollm2-135m
+    mlflow run . --env-manager local -e promote -P profile=smollm2-135m
     python -m steps.promote --profile smollm2-135m --action rollback
 
 Ends with code 3, the alias untouched, when the gate said no. `overrule=true` moves it all the same

@@ -1,6 +1,6 @@
 """Quantize a checkpoint to int4, tensor by tensor, into a checkpoint that onnxruntime-genai reads.
 
-    mlflow run . -e quantize -P profile=smollm2-135m
+    mlflow run . --env-manager local -e quantize -P profile=smollm2-135m
     python -m steps.quantize --profile phi-3-mini-4k --algorithm rtn --block-size 64
 
 Only a few tensors are in memory at any time, whatever the size of the model. The result is still

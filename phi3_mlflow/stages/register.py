@@ -1,6 +1,6 @@
 """Register the logged model as a new version, with its provenance as tags and a model card.
 
-    mlflow run . -e register -P profile=smollm2-135m
+    mlflow run . --env-manager local -e register -P profile=smollm2-135m
     python -m steps.register --profile smollm2-135m --model-uri models:/m-...
 
 A new version gets the alias `challenger`. Registering copies nothing: the version points to the

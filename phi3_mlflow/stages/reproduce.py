@@ -1,6 +1,6 @@
 """Make a registered version again from its recipe, and say whether the bytes are the same.
 
-    mlflow run . -e reproduce -P profile=smollm2-135m -P version=1
+    mlflow run . --env-manager local -e reproduce -P profile=smollm2-135m -P version=1
     python -m steps.reproduce --version models:/smollm2-135m@champion
 
 Everything is done anew in a cache of its own: the source is fetched at the recorded revision, and

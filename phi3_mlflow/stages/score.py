@@ -1,6 +1,6 @@
 """Answer every row of a file with a model, and write the same rows with the answers.
 
-    mlflow run . -e score -P input=/data/questions.jsonl -P output=/data/answers.jsonl
+    mlflow run . --env-manager local -e score -P input=/data/in.jsonl -P output=/data/out.jsonl
     python -m steps.score --input questions.csv --output answers.csv --max-tokens 64
     python -m steps.score --input q.parquet --output a.parquet --engine spark --workers 4
 

@@ -1,6 +1,6 @@
 """Try the quantizations that the profile lists, and keep the best that fits its budget.
 
-    mlflow run . -P algorithm=search
+    mlflow run . --env-manager local -P algorithm=search
     python -m steps.search --profile smollm2-135m
 
 Every candidate is quantized, exported and measured against full precision on held-out text: the

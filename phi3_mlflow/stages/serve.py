@@ -1,6 +1,6 @@
 r"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat page.
 
-    mlflow run . -e serve -P profile=smollm2-135m
+    mlflow run . --env-manager local -e serve -P profile=smollm2-135m
     python -m steps.serve --model-uri models:/smollm2-135m@champion --port 8000
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'

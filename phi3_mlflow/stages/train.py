@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on rows of your own with LoRA, and merge the adapter into it.
 
-    mlflow run . -e train -P data=$PWD/tickets.jsonl
+    mlflow run . --env-manager local -e train -P data=$PWD/tickets.jsonl
     python -m steps.train --profile my-profile.yaml
 
 Takes JSONL, CSV or Parquet with messages, prompt and completion, ShareGPT or Alpaca columns; loss

@@ -83,3 +83,28 @@ def test_every_measurement_is_shown(root):
     for path in (root / "docs").glob("*.md"):
         shown |= set(re.findall(r"BEGIN generated: benchmark:(\S+) ", path.read_text("utf-8")))
     assert shown == {path.stem for path in (root / "benchmarks" / "results").glob("*.json")}
+
+
+MANUALS = sorted((ROOT / "phi3_mlflow" / "stages").glob("*.py"))
+EXAMPLE = re.compile(r"(?m)^ *(mlflow run [^\n]*(?:\\\n[^\n]*)*)")
+
+
+def examples(text: str) -> list[str]:
+    """The commands in a text that start `mlflow run`, each with its continued lines."""
+    return EXAMPLE.findall(text)
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *(str(m.relative_to(ROOT)) for m in MANUALS)])
+def test_every_example_says_where_its_environment_comes_from(name):
+    """Without `--env-manager` MLflow wants conda, and fails where there is none."""
+    unsaid = [
+        command
+        for command in examples((ROOT / name).read_text(encoding="utf-8"))
+        if "--env-manager" not in command and "--backend" not in command
+    ]
+    assert not unsaid
+
+
+def test_a_forgotten_environment_would_be_found():
+    text = "mlflow run . -e a \\\n  --env-manager uv\n    mlflow run . -P b=c\n`mlflow run .`\n"
+    assert [command.split()[2:4] for command in examples(text)] == [[".", "-e"], [".", "-P"]]
