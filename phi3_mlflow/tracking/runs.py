@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,10 +89,8 @@ class StepRun:
         return self._meter.figures()
 
     def log_headline(self, metrics: Mapping[str, float]) -> None:
-        """Log figures to this run."""
-        import mlflow
-
-        mlflow.log_metrics(dict(metrics))
+        """Log figures to this run, and to this run only."""
+        _log_metrics(self.run_id, metrics)
 
     def log_evaluation(
         self, folder: Path, questions: Sequence[BaseModel], texts: Sequence[BaseModel]
@@ -175,7 +174,7 @@ class StepRun:
 
         figures = self._meter.figures()
         metrics = {**entry.origin.get("metrics", {}), **figures}
-        mlflow.log_metrics(metrics)
+        _log_metrics(self.run_id, metrics)
         mlflow.log_dict(json.loads(entry.manifest.to_json()), f"manifest/{step}.json")
         mlflow.set_tags({"output_sha256": entry.manifest.digest, "output_path": str(entry.path)})
         if self._child and console.is_quiet():  # main's own line is the one of a quiet run
@@ -342,6 +341,20 @@ def _watches_the_machine(step: str) -> bool | None:
     # It says at the beginning and the end of every run that it begins and ends.
     logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.WARNING)
     return None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else step != "main"
+
+
+def _log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
+    """Log figures to a run, and not to the models that it has logged.
+
+    MLflow's own call gives a model all that its run is given, and a page of models then begins with
+    how long it took to log them.
+    """
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    found = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+    MlflowClient().log_batch(run_id, metrics=found)
 
 
 def artifact_link(run_id: str, path: str) -> str:

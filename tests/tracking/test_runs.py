@@ -133,3 +133,16 @@ def test_parameters_are_without_folders_of_this_machine(
         run.log_settings({"a": None, "b": 1, "c": {"d": str(kept)}}, {})
     params = registry.client().get_run(run.run_id).data.params
     assert params == {"resolved.b": "1", "resolved.c.d": "cache:outputs/fetch/abc"}
+
+
+def test_what_a_run_costs_is_no_metric_of_its_model(workspace: Workspace) -> None:
+    import mlflow
+
+    with step_run("log", "tiny") as run:
+        model = mlflow.create_external_model(name="model", source_run_id=run.run_id)
+        run.link_models([model.model_id], ["models:/tiny/1"])
+        run.log_headline({"wall_time_s": 1.5})
+    found = registry.client().get_run(run.run_id)
+    assert found.data.metrics["wall_time_s"] == 1.5
+    assert [output.model_id for output in found.outputs.model_outputs] == [model.model_id]
+    assert not registry.client().get_logged_model(model.model_id).metrics
