@@ -161,7 +161,7 @@ def _find_calibration(chosen: dict[str, Any], file: Path) -> None:
 def _find_rows(content: dict[str, Any], file: Path) -> None:
     """Relative files of training rows in a profile count from its folder."""
     train = content.get("train")
-    for key in ("data", "validation"):
+    for key in ("data", "validation", "rehearsal"):
         if isinstance(train, dict) and isinstance(train.get(key), str) and not is_uri(train[key]):
             train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
 

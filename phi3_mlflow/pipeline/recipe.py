@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 METADATA_KEY = "recipe"
 MADE_BY = ("fetch", "quantize", "export")
 """The steps that make an artifact, from its source on, where nothing is trained."""
-ROWS = ("data", "validation")
+ROWS = ("data", "validation", "rehearsal")
 """The keys of the profile's section `train` that name rows."""
 # What says how a model is judged, how large it is, or how long a download may take, and decides no
 # byte of it; and the search for a quantization, whose outcome stands in the provenance.

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from phi3_mlflow.checkpoints.reader import CheckpointReader
     from phi3_mlflow.core.progress import Meter, Progress
-    from phi3_mlflow.quantization.calibration import Conversation
     from phi3_mlflow.quantization.settings import GptqSettings
+    from phi3_mlflow.rows.texts import Conversation
 
     Parts = Callable[[], Iterable[torch.Tensor]]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.rows.faults import shown
-from phi3_mlflow.rows.jsonl_file import JsonlFile
+from phi3_mlflow.rows.texts import read_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -15,52 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from phi3_mlflow.quantization.settings import GptqSettings
-    from phi3_mlflow.rows.records import Record
-
-
-Conversation = list[dict[str, str]]
-
-
-def calibration_texts(file: Path) -> list[str | Conversation]:
-    """The texts of a calibration file.
-
-    Args:
-        file: `*.jsonl`: one JSON object per line with the key `text` or, for a conversation,
-            `messages` (objects with `role` and `content`); anything else is plain text, one text.
-
-    Raises:
-        UserError: the file is not there, is not text, or a line of it is not as it should be.
-    """
-    if not file.is_file():
-        raise UserError(f"calibration: {file} cannot be read: there is no such file")
-    if file.suffix == ".jsonl":
-        return [_entry(file, record) for record in JsonlFile(file).records()]
-    try:
-        return [file.read_text(encoding="utf-8")]
-    except OSError as error:
-        raise UserError(f"calibration: {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"calibration: {file} is not UTF-8 text") from error
-
-
-def _entry(file: Path, record: Record) -> str | Conversation:
-    if record.fault is None:
-        text, messages = record.values.get("text"), record.values.get("messages")
-        if isinstance(text, str):
-            return text
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            return [{"role": m["role"], "content": m["content"]} for m in messages]
-    found = str(record.fault) if record.fault else f"found {shown(record.values)}"
-    raise UserError(
-        f'calibration: {file}, {record.where}: expected {{"text": "..."}} or {{"messages": '
-        f'[{{"role": "...", "content": "..."}}]}}; {found}'
-    )
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )
+    from phi3_mlflow.rows.texts import Conversation
 
 
 def calibration_sequences(
@@ -86,7 +40,7 @@ def calibration_sequences(
     import torch
     from transformers import AutoTokenizer
 
-    texts = calibration_texts(settings.calibration)
+    texts = read_texts(settings.calibration, "calibration")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -29,8 +29,8 @@ from phi3_mlflow.quantization.rounding import Rounded, k_quant
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phi3_mlflow.quantization.calibration import Conversation
     from phi3_mlflow.quantization.settings import GptqSettings
+    from phi3_mlflow.rows.texts import Conversation
 
 
 def quantize_with_optimum(

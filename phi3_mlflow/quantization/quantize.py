@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from phi3_mlflow.quantization.calibration import Conversation
+    from phi3_mlflow.rows.texts import Conversation
 
 
 def quantize_checkpoint(

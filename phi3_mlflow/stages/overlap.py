@@ -1,4 +1,4 @@
-"""Training rows that are also among what the model is measured with: found, and refused."""
+"""What is trained on and also among what the model is measured with: refused, or left out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from phi3_mlflow.config.parameters import AUTO
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.evaluation import datasets
+from phi3_mlflow.training.conversations import Conversation, Message
 from phi3_mlflow.training.overlap import Text, find_overlaps, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from phi3_mlflow.config.profile import Profile
     from phi3_mlflow.training.data import TrainingData
@@ -46,6 +47,34 @@ def refuse_overlap(profile: Profile, data: TrainingData, *, allowed: bool) -> No
     if not allowed:
         raise UserError(message)
     console.say(f"  {len(found)} training rows are among those that measure the model, as allowed")
+
+
+def without_overlap(
+    profile: Profile, data: TrainingData, texts: Sequence[str | list[dict[str, str]]]
+) -> list[str | list[dict[str, str]]]:
+    """Texts to rehearse, without those that the model is validated or measured with.
+
+    Args:
+        profile: says what the model is measured on.
+        data: the rows.
+        texts: texts and conversations.
+    """
+    measured = [*texts_of(data.validation), *_measured_with(profile)]
+    found = find_overlaps([_as_row(text, str(at)) for at, text in enumerate(texts)], measured)
+    aside = {int(overlap.where) for overlap in found}
+    if aside:
+        console.say(
+            f"  {len(aside)} of the {len(texts)} texts to rehearse are among those that measure "
+            "the model, and are left out"
+        )
+    return [text for at, text in enumerate(texts) if at not in aside]
+
+
+def _as_row(text: str | list[dict[str, str]], where: str) -> Conversation:
+    """A text as a row in which somebody says it, to compare it like one."""
+    said = text if isinstance(text, list) else [{"role": "user", "content": text}]
+    users = [Message("user", message["content"]) for message in said if message["role"] == "user"]
+    return Conversation.of(users, where)
 
 
 def _measured_with(profile: Profile) -> Iterator[Text]:

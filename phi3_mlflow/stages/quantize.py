@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.artifacts.inputs import Folder, Input
     from phi3_mlflow.config.parameters import Request
-    from phi3_mlflow.quantization.calibration import Conversation
+    from phi3_mlflow.rows.texts import Conversation
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,17 @@ _ENGINES = {
     "memory": "with the whole model in memory",
     "streamed": "with the model read layer by layer",
 }
-_DECIDES_NO_BYTE = {"data", "validation", "log_as"}  # of the rows, their content does
+_DECIDES_NO_BYTE = {"data", "validation", "rehearsal", "log_as"}  # of the rows, their content does
 
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """A float checkpoint, and the rows."""
+    """A float checkpoint, the rows, and texts to rehearse."""
 
     checkpoint: Folder
     data: Input[Path]
-    validation: Input[Path] | None
+    validation: Input[Path] | None = None
+    rehearsal: Input[Path] | None = None
 
 
 class Train(Step[TrainInputs, NoRecord]):
@@ -73,11 +74,12 @@ class Train(Step[TrainInputs, NoRecord]):
     def inputs(self, request: Request, cache: StepCache) -> TrainInputs:
         chosen = settings_of(request)
         data = rows_input("train.data", chosen.data)
-        validation = (
-            rows_input("train.validation", chosen.validation) if chosen.validation else None
-        )
+        others = {
+            key: rows_input(f"train.{key}", place) if place else None
+            for key, place in (("validation", chosen.validation), ("rehearsal", chosen.rehearsal))
+        }
         checkpoint = folder_input(request, cache, "checkpoint", "fetch", CHECKPOINT)
-        return TrainInputs(checkpoint, data, validation)
+        return TrainInputs(checkpoint, data, **others)
 
     def settings(self, request: Request) -> Settings:
         return settings_of(request).model_dump(mode="json", exclude=_DECIDES_NO_BYTE)
@@ -122,10 +124,11 @@ class Train(Step[TrainInputs, NoRecord]):
         work.run.log_rows("train", work.inputs.data, len(rows.rows))
         if given := work.inputs.validation:
             work.run.log_rows("validation", given, len(data.validation))
+        rehearsal = _rehearsal(work, data)
         with kept_work(self, work) as folder:
             adapter = folder / "adapter"
             adapter.mkdir(exist_ok=True)
-            trained = _train(work, rows, validation, adapter)
+            trained = _train(work, rows, validation, rehearsal, adapter)
             merged = merge_adapter(checkpoint, adapter, work.out, show_progress)
             validate_checkpoint(work.out)
             shutil.copytree(adapter, work.out / ADAPTER_FOLDER)
@@ -214,7 +217,7 @@ def trained_on(facts: Mapping[str, Any]) -> str:
 
 def _rows_used(inputs: TrainInputs) -> dict[str, Any]:
     """What identifies the rows, for those who have to find them again; not where they are."""
-    named = {"data": inputs.data, "validation": inputs.validation}
+    named = {key: getattr(inputs, key) for key in ("data", "validation", "rehearsal")}
     return {
         key: {"sha256": rows.digest, "files": dict(rows.files)}
         for key, rows in named.items()
@@ -276,8 +279,30 @@ def _tokenize(
     return rows, validation
 
 
+def _rehearsal(work: Work[TrainInputs], data: TrainingData) -> list[tuple[int, ...]]:
+    """The texts on which the model is held to what it was, in pieces."""
+    from phi3_mlflow.stages.overlap import without_overlap
+    from phi3_mlflow.training.rehearsal import read_rehearsal, rehearsal_pieces
+
+    given = work.inputs.rehearsal
+    if given is None:
+        return []
+    texts = without_overlap(work.request.profile, data, read_rehearsal(given.value))
+    pieces = rehearsal_pieces(work.inputs.checkpoint.value, texts, "train.rehearsal")
+    work.run.log_rows("rehearsal", given, len(texts))
+    console.say(
+        f"  {len(texts)} texts to rehearse, {sum(map(len, pieces)):,} tokens, "
+        f"{settings_of(work.request).rehearsal_tokens} beside each batch"
+    )
+    return pieces
+
+
 def _train(
-    work: Work[TrainInputs], rows: TokenizedRows, validation: TokenizedRows | None, adapter: Path
+    work: Work[TrainInputs],
+    rows: TokenizedRows,
+    validation: TokenizedRows | None,
+    rehearsal: list[tuple[int, ...]],
+    adapter: Path,
 ) -> Trained:
     from phi3_mlflow.stages.engine import require_memory_for
 
@@ -301,6 +326,7 @@ def _train(
             out=adapter,
             base_model=work.request.profile.base_model,
             listener=_Listener(work.run, shown),
+            rehearsal=rehearsal,
         )
 
 

@@ -76,6 +76,7 @@ def training_memory(
     kept = layer + count * sizes.hidden if settings.gradient_checkpointing else count * layer
     kept += _HEADS * sizes.vocabulary
     tokens = settings.per_device_train_batch_size * longest
+    tokens += settings.rehearsal_tokens if settings.rehearsal else 0
     return TrainingMemory(int(_FLOAT * weights), sizes.adapter(count), int(_FLOAT * tokens * kept))
 
 

@@ -39,6 +39,7 @@ class Job:
         settings: the choices.
         folder: for the run's checkpoints.
         start: the checkpoint to go on from, where there is one.
+        rehearsal: token ids of what is rehearsed, in pieces; may be empty.
     """
 
     checkpoint: Path
@@ -47,6 +48,7 @@ class Job:
     settings: TrainSettings
     folder: Path
     start: Path | None
+    rehearsal: Sequence[Sequence[int]] = ()
 
 
 def count() -> int:

@@ -49,8 +49,9 @@ class Trained:
         adapter_sha256: of the adapter's tensors.
         steps: of the optimizer, those of the whole run.
         chosen_step: the one that the adapter is of.
-        curve: one mapping per step: `step`, `epoch`, `loss`, `learning_rate`, `grad_norm`, or
-            `step`, `epoch`, `validation_loss`. No times: equal runs give equal curves.
+        curve: one mapping per step: `step`, `epoch`, `loss`, `learning_rate`, `grad_norm` and,
+            where something is rehearsed, `rehearsal_kl`; or `step`, `epoch`, `validation_loss`. No
+            times: equal runs give equal curves.
     """
 
     adapter_sha256: str
@@ -74,6 +75,7 @@ def carry_out(
     out: Path,
     base_model: str,
     listener: Listener,
+    rehearsal: Sequence[Sequence[int]] = (),
 ) -> Trained:
     """Train an adapter, or go on where an earlier run of the same was stopped.
 
@@ -87,6 +89,7 @@ def carry_out(
         out: an existing directory, for the adapter in PEFT's format.
         base_model: the name that the adapter's configuration gives its model; not a path.
         listener: is told the curve.
+        rehearsal: token ids of texts on which the model is held to what it was, in pieces.
 
     Raises:
         UserError: there is nothing to train on, target modules that the model does not have, or a
@@ -105,7 +108,7 @@ def carry_out(
     if ended is None:
         start = resume.last_whole(folder)
         if not (start and out_of_patience(resume.state_of(start)["log_history"], settings)):
-            job = Job(checkpoint, rows, validation, settings, folder, start)
+            job = Job(checkpoint, rows, validation, settings, folder, start, rehearsal)
             processes.hand_out(job)
             engine(job, listener)
         last = resume.last_whole(folder)

@@ -55,6 +55,28 @@ class TrainSettings(Section):
         "that more rows never move one from one side to the other; without effect where "
         "validation is given",
     )
+    rehearsal: Path | None = Field(
+        default=None,
+        description="a .jsonl file of texts and conversations that have nothing to do with the "
+        "rows; on them the model is held to what it predicted before it was trained, so that it "
+        "does not forget everything else. Left out, nothing is rehearsed. data/calibration.jsonl "
+        "of the project will do",
+    )
+    rehearsal_tokens: int = Field(
+        default=256,
+        ge=128,
+        le=65_536,
+        multiple_of=128,
+        description="tokens of these texts beside each batch of rows; without effect where "
+        "nothing is rehearsed",
+    )
+    rehearsal_weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="how much the divergence there counts beside the loss on the rows; without "
+        "effect where nothing is rehearsed",
+    )
     learning_rate: float = Field(
         default=2e-4, gt=0, le=100, description="of the optimizer AdamW, at its highest"
     )
@@ -181,4 +203,6 @@ class TrainSettings(Section):
             reasons.append(f"one process alone, and num_processes is {self.num_processes}")
         if self.lora_dropout > 0:
             reasons.append(f"no dropout, and lora_dropout is {self.lora_dropout:g}")
+        if self.rehearsal:
+            reasons.append("nothing to rehearse, and rehearsal is given")
         return reasons

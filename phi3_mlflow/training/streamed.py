@@ -58,8 +58,11 @@ def train(
     out: Path,
     base_model: str,
     listener: Listener,
+    rehearsal: Sequence[Sequence[int]] = (),
 ) -> Trained:
     """Train an adapter with one layer in memory at a time; see `carry_out`.
+
+    Nothing is rehearsed: the settings refuse `rehearsal` with this engine.
 
     Raises:
         UserError: besides, a checkpoint that asks for dropout.
@@ -74,6 +77,7 @@ def train(
         out=out,
         base_model=base_model,
         listener=listener,
+        rehearsal=rehearsal,
     )
 
 

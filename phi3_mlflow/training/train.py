@@ -21,6 +21,7 @@ from phi3_mlflow.core.progress import hide_bars_of_transformers
 from phi3_mlflow.training import processes
 from phi3_mlflow.training.lora import lora_config
 from phi3_mlflow.training.packing import Pack, PackCollator, pack, tokens_in
+from phi3_mlflow.training.rehearsal import PIECE, Rehearsal
 from phi3_mlflow.training.run import KEPT, Trained, carry_out, reproducible
 from phi3_mlflow.training.tokens import IGNORED, labels_of
 from phi3_mlflow.training.watch import Listener, Stopped, Watch
@@ -44,6 +45,7 @@ def train(
     out: Path,
     base_model: str,
     listener: Listener,
+    rehearsal: Sequence[Sequence[int]] = (),
 ) -> Trained:
     """Train an adapter with the model in memory; see `carry_out`."""
     return carry_out(
@@ -56,6 +58,7 @@ def train(
         out=out,
         base_model=base_model,
         listener=listener,
+        rehearsal=rehearsal,
     )
 
 
@@ -105,6 +108,10 @@ def _trainer(job: Job, listener: Listener) -> Any:
         data_collator=collator,
         callbacks=[Watch(settings, listener, job.folder, vocabulary=model.config.vocab_size)],
     )
+    if job.rehearsal:
+        each = settings.rehearsal_tokens // PIECE
+        trainer.rehearsal = Rehearsal(job.rehearsal, each, settings.seed)
+        trainer.rehearsal_weight = settings.rehearsal_weight
     trainer.remove_callback(PrinterCallback)
     trainer.data_collator = _CheckedOnce(trainer.data_collator, rows)
     return trainer
@@ -158,7 +165,16 @@ def _arguments(job: Job, *, on_gpu: bool) -> SFTConfig:
 
 
 class _Trainer(SFTTrainer):
-    """trl's trainer, which tells nobody that it runs, and writes no cards into checkpoints."""
+    """trl's trainer, which tells nobody that it runs, and writes no cards into checkpoints.
+
+    Attributes:
+        rehearsal: what is rehearsed beside each batch, if anything.
+        rehearsal_weight: how much the divergence there counts.
+    """
+
+    rehearsal: Rehearsal | None = None
+    rehearsal_weight = 0.0
+    _batch = (-1, 0)  # step, and batches of it that were computed
 
     def _send_telemetry(self) -> None:
         pass
@@ -174,7 +190,22 @@ class _Trainer(SFTTrainer):
             tokens = self.accelerator.gather_for_metrics(tokens_in(inputs["position_ids"]))
             self._total_train_tokens = before + int(tokens.sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        if model.training and self.rehearsal:
+            divergence = self.rehearsal.divergence(
+                self.accelerator.unwrap_model(model), self._number()
+            )
+            self._metrics["train"]["rehearsal_kl"].append(divergence.item())
+            held = self.rehearsal_weight * divergence / self.current_gradient_accumulation_steps
+            loss = loss + held - held.detach()  # the loss that is told is that of the rows
         return loss
+
+    def _number(self) -> int:
+        """Of the batch, counted over all steps and processes."""
+        step, done = self._batch
+        done = done + 1 if step == self.state.global_step else 0
+        self._batch = self.state.global_step, done
+        number = self.state.global_step * self.args.gradient_accumulation_steps + done
+        return int(number * self.accelerator.num_processes + self.accelerator.process_index)
 
 
 class _CheckedOnce:

@@ -33,6 +33,8 @@ class Listener(Protocol):
     def point(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step: `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`.
 
+        Where something is rehearsed, `rehearsal_kl` is how far the model has moved there.
+
         `validation_loss` comes by itself, where there are rows to validate with.
         """
 
@@ -159,7 +161,8 @@ def named_values(logs: Mapping[str, float]) -> dict[str, float]:
         return {"validation_loss": float(logs["eval_loss"])}
     if "loss" not in logs:
         return {}
-    return {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")}
+    names = ("loss", "learning_rate", "grad_norm", "rehearsal_kl")
+    return {name: float(logs[name]) for name in names if name in logs}
 
 
 def out_of_patience(history: Sequence[Mapping[str, float]], settings: TrainSettings) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.quantization.calibration import calibration_sequences, calibration_texts
+from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.gptq import gptq
 from phi3_mlflow.quantization.moments import correct_drift, second_moments
 from phi3_mlflow.quantization.packing import dequantize
@@ -19,6 +19,7 @@ from phi3_mlflow.quantization.settings import (
     RtnSettings,
     quantization_settings,
 )
+from phi3_mlflow.rows.texts import read_texts
 from tests.fixtures.tiny_phi3 import make_tiny
 
 
@@ -176,12 +177,12 @@ def test_a_line_without_a_text_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2"):
-        calibration_texts(file)
+        read_texts(file, "calibration")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
-        calibration_texts(tmp_path / "none.jsonl")
+        read_texts(tmp_path / "none.jsonl", "calibration")
 
 
 def test_the_bytes_do_not_depend_on_the_machines_number_of_cores(

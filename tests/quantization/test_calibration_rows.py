@@ -16,9 +16,10 @@ from phi3_mlflow.artifacts.provenance import write_provenance
 from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.config.parameters import Request
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.quantization.calibration import Conversation, calibration_sequences
+from phi3_mlflow.quantization.calibration import calibration_sequences
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import GptqSettings, RtnSettings
+from phi3_mlflow.rows.texts import Conversation
 from phi3_mlflow.stages import quantize
 from tests.fixtures.tiny_line import write_profile
 from tests.fixtures.tiny_phi3 import make_tiny

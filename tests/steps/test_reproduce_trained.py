@@ -9,7 +9,7 @@ import pytest
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
-from tests.steps.test_train_step import SETTINGS, write_rows
+from tests.steps.test_train_step import SETTINGS, write_rows, write_texts
 
 MIXED = {"algorithm": "gptq", "calibration_tokens": 1024, "calibration_length": 64,
          "calibration_rows": 0.5}  # fmt: skip
@@ -22,7 +22,9 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
     place = Workspace(tmp_path_factory.mktemp("again"))
     (place.folder / "rows").mkdir()
     write_rows(place.folder / "rows" / "tickets.jsonl", 0, 40)
-    profile = write_profile(place.folder, train={"data": "rows", **SETTINGS}, quantization=MIXED)
+    write_texts(place.folder / "general.jsonl")
+    train = {"data": "rows", "rehearsal": "general.jsonl", **SETTINGS}
+    profile = write_profile(place.folder, train=train, quantization=MIXED)
     for step in STEPS:
         done = place.step(step, "--profile", str(profile))
         assert done.returncode == 0, done.stdout + done.stderr

@@ -42,6 +42,14 @@ def write_rows(file: Path, first: int, last: int, **more: Any) -> Path:
     return file
 
 
+def write_texts(file: Path) -> Path:
+    """What is rehearsed: a text and a conversation, both long enough for a piece."""
+    said = [{"role": "user", "content": "Say it. " * 12}, {"role": "assistant", "content": "It."}]
+    rows = [{"text": "Once upon a time there was a tale. " * 12}, {"messages": said}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
 def trained_by(place: Workspace) -> Path:
     entry = StepCache(place.cache).latest("tiny", "train")
     assert entry is not None
@@ -52,7 +60,9 @@ def trained_by(place: Workspace) -> Path:
 def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
     place = Workspace(tmp_path_factory.mktemp("train"))
     write_rows(place.folder / "tickets.jsonl", 0, 60)
-    train = {"data": "tickets.jsonl", "validation_share": 0.4, **SETTINGS}
+    write_texts(place.folder / "general.jsonl")
+    train = {"data": "tickets.jsonl", "validation_share": 0.4, "rehearsal": "general.jsonl",
+             "rehearsal_weight": 0.1, **SETTINGS}  # fmt: skip
     profile = write_profile(place.folder, train=train, gate=GATE)
     done = place.step("main", "--profile", str(profile))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,13 +156,14 @@ def test_the_run_has_the_curve_the_rows_and_the_adapter(line, monkeypatch) -> No
         "tokens_per_second",
         "validation_loss",
         "seconds_left",
+        "rehearsal_kl",
     ):
         assert client.get_metric_history(run.info.run_id, name)
     assert client.get_metric_history(run.info.run_id, "seconds_left")[-1].value == 0
     assert "system/cpu_utilization_percentage" in run.data.metrics
-    (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "tickets"
-    assert report["data_sha256"].startswith(given.dataset.digest)
+    given = {one.dataset.name: one for one in run.inputs.dataset_inputs}
+    assert given.keys() == {"tickets", "general"}
+    assert report["data_sha256"].startswith(given["tickets"].dataset.digest)
     adapter = client.list_artifacts(run.info.run_id, "adapter")
     assert {Path(f.path).name for f in adapter} == {
         "adapter_config.json", "adapter_model.safetensors",
@@ -392,7 +403,7 @@ def test_the_engine_is_decided_by_the_machine_and_the_rows(tmp_path, monkeypatch
 def work_on(folder: Path, rows: Path) -> Any:
     """As much of a step's work as reads rows."""
     profile = load_profile(str(write_profile(folder, train={"data": str(rows)})))
-    inputs = TrainInputs(None, rows_input("train.data", rows), None)
+    inputs = TrainInputs(None, rows_input("train.data", rows))
     return SimpleNamespace(request=SimpleNamespace(profile=profile), inputs=inputs)
 
 

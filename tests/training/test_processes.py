@@ -22,6 +22,7 @@ import json, sys
 from pathlib import Path
 from phi3_mlflow.training import processes
 from phi3_mlflow.training.train import follow
+from tests.training.test_rehearsal import PIECES
 from tests.training.test_train import Heard, run, settings
 
 checkpoint, place = map(Path, sys.argv[1:3])
@@ -31,10 +32,11 @@ if not processes.is_first():
     sys.exit()
 heard = Heard()
 with processes.leading():
-    trained = run(checkpoint, place, settings(**chosen), heard)
+    trained = run(checkpoint, place, settings(**chosen), heard, rehearsal=PIECES)
 (place / "told.json").write_text(json.dumps([trained.adapter_sha256, heard.points, heard.began]))
 """
-SAME = {"lora_dropout": 0, "num_train_epochs": 2, "save_steps": 3}
+# What is rehearsed differs by process, and counts next to nothing here.
+SAME = {"lora_dropout": 0, "num_train_epochs": 2, "save_steps": 3, "rehearsal_weight": 1e-6}
 
 
 def together(checkpoint: Path, place: Path, **chosen: Any) -> tuple[str, list[Any], list[Any]]:
@@ -63,6 +65,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     for name in ("loss", "grad_norm", "learning_rate", "validation_loss"):
         found = [values[name] for _, values in points if name in values]
         assert found == pytest.approx(alone.of(name), rel=1e-3), name
+    assert all("rehearsal_kl" in values for _, values in points if "loss" in values)
     # Again, and from where it was stopped, it comes to the same bytes.
     work = tmp_path / "2" / "work"
     assert [p.name for p in work.glob("checkpoint-10/rng_state_*.pth")]

@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def run(checkpoint, place, chosen, heard=None, train_rows=None, validation=None):
+def run(checkpoint, place, chosen, heard=None, train_rows=None, validation=None, rehearsal=()):
     from phi3_mlflow.training.train import train
 
     place.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,7 @@ def run(checkpoint, place, chosen, heard=None, train_rows=None, validation=None)
         out=place,
         base_model="microsoft/Phi-3-mini-4k-instruct",
         listener=heard or Heard(),
+        rehearsal=rehearsal,
     )
 
 
