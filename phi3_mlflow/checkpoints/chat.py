@@ -1,7 +1,8 @@
 """Does a checkpoint hold conversations, and do its answers end? Tried out before any work is done.
 
-The chat template is rendered by transformers on a few conversations; what it writes after an
-answer is compared with the tokens that end one.
+The chat template is rendered on a few conversations, as the logged model will render it, which is
+bounded: it may be anybody's. What it writes after an answer is compared with the tokens that end
+one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.checkpoints import layout
 from phi3_mlflow.core.errors import CheckpointRefused
+from phi3_mlflow.runtime.template import ChatTemplate, TemplateFault
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,12 +141,10 @@ def _rendered(
 ) -> tuple[str, str | None]:
     """The text of a conversation; or the empty one, and why there is none."""
     try:
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=ask
-        )
-    except Exception as error:  # a template can raise anything
-        return "", " ".join(str(error).split())[:300] or type(error).__name__
-    return str(text), None
+        template = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+        return template.render(conversation, ask=ask), None
+    except (TemplateFault, ValueError) as error:  # or there are several, and none is the default
+        return "", " ".join(str(error).split())[:300]
 
 
 def _end_of_answer(tokenizer: Any) -> int | None:

@@ -23,9 +23,17 @@ Flavor = Literal["onnx", "transformers"]
 _HERE = Path(__file__).parent
 _RUNTIME = Path(runtime.__file__).parent
 _REQUIREMENTS: dict[str, tuple[str, ...]] = {
-    "onnx": ("mlflow", "numpy", "onnxruntime-genai", "onnxruntime"),
+    "onnx": ("mlflow", "numpy", "jinja2", "tokenizers", "onnxruntime-genai", "onnxruntime"),
     # MLflow's transformers flavor loads with accelerate; a text model has no use for torchvision.
-    "transformers": ("mlflow", "numpy", "torch", "transformers", "accelerate"),
+    "transformers": (
+        "mlflow",
+        "numpy",
+        "jinja2",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "accelerate",
+    ),
 }
 # The distributions that bring the same modules for other hardware.
 _ALTERNATIVES = {

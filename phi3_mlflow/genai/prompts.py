@@ -1,7 +1,7 @@
 """Do both flavors make the same tokens of a conversation? Asked before what was built is used.
 
-The ONNX flavor renders and tokenizes with onnxruntime-genai, the transformers flavor with the
-model's own tokenizer.
+They render and tokenize with the same code; the ONNX flavor from the files that the builder wrote.
+What transformers makes of the checkpoint is what the model was trained with.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer
 
 from phi3_mlflow.checkpoints.chat import ONE_TURN, SEVERAL_TURNS, WITH_SYSTEM, Conversation
-from phi3_mlflow.runtime.engine import EngineSettings
-from phi3_mlflow.runtime.genai_folder import GenaiFolder
 from phi3_mlflow.runtime.request import RequestError
+from phi3_mlflow.runtime.tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +22,11 @@ _PROBES: dict[str, Conversation] = {
     "several turns": SEVERAL_TURNS,
     "a system message": WITH_SYSTEM,
 }
+_TEXTS = (
+    "Name      Total\nApples       42\n\nTotal:  49",
+    "1.  2 eggs\n\t2.  Don'ts",
+    "naïve “quotes” 中文 😀 \u200b\r\n",
+)
 
 
 def differing_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
@@ -33,10 +37,11 @@ def differing_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
         onnx_dir: what was built of it.
 
     Returns:
-        One sentence for each conversation; none for those that the template refuses.
+        One sentence for each conversation, none for those that the template refuses; and for each
+        of a few texts.
     """
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
-    folder = GenaiFolder(onnx_dir, EngineSettings())
+    built = ChatTokenizer(onnx_dir)
     found = []
     for what, messages in _PROBES.items():
         try:
@@ -47,13 +52,16 @@ def differing_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
             continue
         wanted = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
         try:
-            made = folder.render(messages)
+            made = built.render(messages)
         except RequestError as error:
-            found.append(f"a conversation with {what}: refused by onnxruntime-genai: {error}")
+            found.append(f"a conversation with {what}: refused by the ONNX flavor: {error}")
             continue
         if made != wanted:
             found.append(
                 f"a conversation with {what}: {len(made)} tokens in the ONNX flavor, {len(wanted)} "
                 "with the model's own tokenizer"
             )
+    for text in _TEXTS:
+        if built.encode(text) != list(tokenizer(text)["input_ids"]):
+            found.append(f"the text {text!r}: other tokens than with the model's own tokenizer")
     return found

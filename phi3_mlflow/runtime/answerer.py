@@ -58,11 +58,10 @@ class Answerer:
             RequestError: the prompt, or what is asked for on top of it, is beyond the context.
         """
         engine, field = self.engine, "prompt" if request.messages is None else "messages"
-        with self._lock:
-            if request.messages is None:
-                tokens = engine.encode(request.prompt or "")
-            else:
-                tokens = engine.render(request.messages)
+        if request.messages is None:
+            tokens = engine.encode(request.prompt or "")
+        else:
+            tokens = engine.render(request.messages)
         room = engine.context - len(tokens)
         if room < 1:
             raise RequestError(

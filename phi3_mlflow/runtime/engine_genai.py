@@ -33,7 +33,10 @@ class GenaiEngine(GenaiFolder):
     together = 1
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        import onnxruntime_genai as og
+
         super().__init__(folder, settings)
+        self._og = og
         self._model = self._og.Model(_config(self._og, folder, settings))
 
     def open_guided(self, capacity: int, schema: str) -> GuidedSession:

@@ -9,7 +9,7 @@ import numpy as np
 from .adapter import add_adapter
 from .fair_lock import FairLock
 from .request import RequestError
-from .vocabulary import Vocabulary
+from .tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class TorchEngine:
         adapter: Path | None = None,
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         if settings.provider == "cuda" and not torch.cuda.is_available():
             raise ValueError(
@@ -61,8 +61,6 @@ class TorchEngine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.lock = FairLock()
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        self._vocabulary = Vocabulary(tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -87,8 +85,9 @@ class TorchEngine:
         )
         ends = self._model.generation_config.eos_token_id
         ends = config.eos_token_id if ends is None else ends  # 0 is a token
-        ends = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
-        self.ends = frozenset(end for end in ends if end is not None)
+        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._tokenizer = ChatTokenizer(tokenizer, ends)
+        self.ends = frozenset(ends | {self._tokenizer.end} - {None})
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
@@ -96,29 +95,19 @@ class TorchEngine:
         Raises:
             RequestError: the chat template refuses the messages.
         """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:
-            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
-        return self._tokens(str(text), special=False)
+        return self._tokenizer.render(messages)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a literal text."""
-        return self._tokens(text, special=True)
-
-    def _tokens(self, text: str, special: bool) -> list[int]:
-        # What the template wrote is complete: adding special tokens would double the first one.
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        return self._tokenizer.encode(text)
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function that takes the tokens of one answer in turn and gives their text."""
-        return self._vocabulary.decoder()
+        return self._tokenizer.decoder()
 
     def spell(self, token: int) -> bytes:
         """Return the bytes of a token's text; none for a control token."""
-        return self._vocabulary.spell(token)
+        return self._tokenizer.spell(token)
 
     def open_guided(self, capacity: int, schema: str) -> Guided:
         """Refuse: transformers cannot hold an answer to a JSON schema.

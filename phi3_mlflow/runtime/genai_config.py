@@ -68,13 +68,11 @@ class GenaiConfig:
     Attributes:
         context: tokens that it was made for, prompt and answer together.
         ends: tokens that end a turn.
-        begin: token that begins a sequence, if there is one.
         decoder: its graph.
     """
 
     context: int
     ends: frozenset[int]
-    begin: int | None
     decoder: Decoder
 
     @classmethod
@@ -85,6 +83,5 @@ class GenaiConfig:
         return cls(
             context=int(about["context_length"]),
             ends=frozenset(ends if isinstance(ends, list) else [ends]),
-            begin=about.get("bos_token_id"),
             decoder=Decoder.read(about["decoder"]),
         )

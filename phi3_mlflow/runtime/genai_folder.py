@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING
 
 from .fair_lock import FairLock
 from .genai_config import GenaiConfig
-from .request import RequestError
-from .vocabulary import Vocabulary
+from .tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +30,6 @@ class GenaiFolder:
     """
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
-        import onnxruntime_genai as og
-
-        self._og = og
         self._folder = folder
         self._settings = settings
         config = GenaiConfig.read(folder)
@@ -55,9 +50,7 @@ class GenaiFolder:
             self.context = min(self.context, self.window)
         number_bytes = 4 if settings.provider == "cpu" else 2
         self.token_bytes = 2 * decoder.layers * decoder.heads * decoder.head_size * number_bytes
-        self._tokenizer = og.Tokenizer(str(folder))
-        self._vocabulary = Vocabulary(folder)
-        self._begin = config.begin
+        self._tokenizer = ChatTokenizer(folder, config.ends)
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
@@ -65,29 +58,19 @@ class GenaiFolder:
         Raises:
             RequestError: the chat template refuses the messages.
         """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                json.dumps(messages), add_generation_prompt=True
-            )
-        except Exception as error:
-            raise RequestError([f"messages: the chat template refuses them: {error}"]) from error
-        tokens = self.encode(text)
-        # A template that writes the beginning-of-sequence token, and a tokenizer that adds it.
-        if len(tokens) > 1 and tokens[0] == tokens[1] == self._begin:
-            tokens = tokens[1:]
-        return tokens
+        return self._tokenizer.render(messages)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a literal text."""
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return self._tokenizer.encode(text)
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function that takes the tokens of one answer in turn and gives their text."""
-        return self._vocabulary.decoder()
+        return self._tokenizer.decoder()
 
     def spell(self, token: int) -> bytes:
         """Return the bytes of a token's text; none for a control token."""
-        return self._vocabulary.spell(token)
+        return self._tokenizer.spell(token)
 
 
 def threads(settings: EngineSettings) -> int:

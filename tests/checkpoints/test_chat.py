@@ -64,6 +64,9 @@ def test_a_sound_checkpoint_stays_as_it_is(folder: Path) -> None:
         ("{{ messages[0]['content'] }}<|assistant|>", "leaves out 2 of 3 messages of several"),
         ("Hello<|assistant|>", "leaves out 1 of 1 messages of one turn"),
         ("{{ messages[0]['a']['b'] }}", "refuses a conversation of one turn"),
+        (PHI + " " * 200_000, "of one turn: it has 200"),
+        ("{% for a in range(99999) %}" * 3 + "a" + "{% endfor %}" * 3 + PHI, "it makes too much"),
+        ("{{ 'a' * 10**10 }}" + PHI, "it makes too much text"),
     ],
 )
 def test_templates_that_cannot_be_used(folder: Path, template: object, problem: str) -> None:

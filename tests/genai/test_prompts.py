@@ -34,6 +34,18 @@ def test_a_difference_is_counted(plain: Path, tmp_path: Path) -> None:
     assert "one turn: 7 tokens in the ONNX flavor, 8 with" in found[0]
 
 
+def test_a_template_of_several_lines_makes_the_same_tokens(plain: Path, tmp_path: Path) -> None:
+    """Without signs that take blanks away, and with methods of texts."""
+    checkpoint = shutil.copytree(plain / "checkpoint", tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text(
+        "{% for m in messages %}\n    {% if m.role.upper() == 'USER' %}\n<|user|>\n"
+        "    {% else %}\n<|{{ m['role'] }}|>\n    {% endif %}\n"
+        "{{ m['content'].replace('\\r', '') }}<|end|>\n{% endfor %}\n<|assistant|>\n"
+    )
+    export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
+    assert differing_prompts(checkpoint, tmp_path / "onnx") == []
+
+
 def test_what_the_template_refuses_is_not_compared(plain: Path, tmp_path: Path) -> None:
     other = shutil.copytree(plain / "checkpoint", tmp_path / "checkpoint")
     file = other / "chat_template.jinja"
