@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 
-from .sandbox import BoundedEnvironment, Budget, TooMuch, budgeted, check_time_format
+from .budget import Budget, TooMuch, budgeted
+from .sandbox import BoundedEnvironment, check_time_format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
