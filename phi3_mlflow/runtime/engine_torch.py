@@ -85,9 +85,11 @@ class TorchEngine:
         )
         ends = self._model.generation_config.eos_token_id
         ends = config.eos_token_id if ends is None else ends  # 0 is a token
-        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-        self._tokenizer = ChatTokenizer(tokenizer, ends)
-        self.ends = frozenset(ends | {self._tokenizer.end} - {None})
+        listed = ends if isinstance(ends, list) else [ends]
+        named = {int(end) for end in listed if end is not None}
+        self._tokenizer = ChatTokenizer(tokenizer, named)
+        end = self._tokenizer.end
+        self.ends: frozenset[int] = frozenset(named if end is None else named | {end})
 
     def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.

@@ -47,7 +47,8 @@ class ChatTokenizer:
         self.template = ChatTemplate.read(folder)
         config = folder / "tokenizer_config.json"
         named = named_tokens(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
-        self.end = self._tokenizer.token_to_id(named["eos_token"]) if "eos_token" in named else None
+        end = named.get("eos_token")
+        self.end: int | None = None if end is None else self._tokenizer.token_to_id(end)
         added = self._tokenizer.get_added_tokens_decoder()
         control = set(named.values())
         self._control = {
