@@ -167,6 +167,7 @@ def test_refusals_name_the_other_engine_or_what_is_left(large: Path) -> None:
     ("more", "told"),
     [
         ({"lora_dropout": 0.05}, "has no dropout, and lora_dropout is 0.05"),
+        ({"rehearsal": Path("t.jsonl")}, "has nothing to rehearse, and rehearsal is given"),
         ({"num_processes": 2}, "has one process alone, and num_processes is 2"),
     ],
 )
