@@ -150,9 +150,9 @@ class _Training:
 
     def run(self) -> None:
         """Train to the end, or until the patience is over."""
-        state, settings = self._state, self._job.settings
         if self._job.start:
             self._go_on_from(self._job.start)
+        state, settings = self._state, self._job.settings
         self._course.begins(state)
         if self._validation and not self._job.start:
             self._validate()
