@@ -40,15 +40,15 @@ retrain: setup  ## fine-tune on the rows in examples/tickets/rows, and promote w
 test: lint  ## everything: checks, generated files, all tests, what the fast ones cover
 	@python tools/generate.py --check
 ifeq ($(PYTEST),)
-	@python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" -q --cov --cov-report=term
-	@python -m pytest -n $(WORKERS) --dist loadgroup -m slow --durations=25
+	@python -m pytest -n $(WORKERS) -m "not slow" -q --cov --cov-report=term
+	@python -m pytest -n $(WORKERS) -m slow --durations=25
 else
 	@python -m pytest $(PYTEST)
 endif
 
 check: lint  ## what takes about a minute: checks and the fast tests
 	@python tools/generate.py --check
-	@python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" -q $(PYTEST)
+	@python -m pytest -n $(WORKERS) -m "not slow" -q $(PYTEST)
 
 soak: setup-dev  ## half an hour of kills at random moments, and what they leave (nothing)
 	@python benchmarks/soak_kills.py

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,18 +26,33 @@ settings.register_profile("any", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("any")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fast tests first: what is broken should show soon.
-
-    With several processes (`-n`) the tests of a file stay together, and so do all that need the
-    line on the embedded default: it takes minutes, and is run once.
-    """
+    """The fast tests first: what is broken should show soon."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for item in items:
-        of_default = "default_run" in getattr(item, "fixturenames", ())
-        group = "default" if of_default else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n`), who runs what: the tests of a file stay together.
+
+    So do the files that need the line on the embedded default: it takes minutes, and is run once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    names = ("default_run", "real_checkpoint", "real_onnx")
+    files = (ROOT / "tests").rglob("test_*.py")
+    of_default = {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if any(name in file.read_text(encoding="utf-8") for name in names)
+    }
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "default" if file in of_default else file
+
+    return Scheduler(config, log)
 
 
 @dataclass(frozen=True)
