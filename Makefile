@@ -46,7 +46,7 @@ else
 	@python -m pytest $(PYTEST)
 endif
 
-check: lint  ## what takes about a minute: checks and the fast tests
+check: lint  ## what takes some minutes: checks and the fast tests
 	@python tools/generate.py --check
 	@python -m pytest -n $(WORKERS) -m "not slow" -q $(PYTEST)
 
