@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from phi3_mlflow.layers.room import PASS_TOKENS
 from phi3_mlflow.training import resume
 from phi3_mlflow.training.adapter import Adapter
 from phi3_mlflow.training.packing import Pack, pack
-from phi3_mlflow.training.run import KEPT, Trained, carry_out, reproducible
+from phi3_mlflow.training.run import KEPT, carry_out, reproducible
 from phi3_mlflow.training.tokens import IGNORED, labels_of
 from phi3_mlflow.training.watch import Course, Listener
 
@@ -41,49 +42,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phi3_mlflow.training.processes import Job
-    from phi3_mlflow.training.settings import TrainSettings
     from phi3_mlflow.training.tokens import Row
 
 _OPTIMIZER = "optimizer.pt"
 _DROPOUTS = ("attention_dropout", "embd_pdrop", "resid_pdrop")
 
 
-def train(
-    checkpoint: Path,
-    rows: Sequence[Row],
-    validation: Sequence[Row],
-    settings: TrainSettings,
-    *,
-    folder: Path,
-    out: Path,
-    base_model: str,
-    listener: Listener,
-    rehearsal: Sequence[Sequence[int]] = (),
-) -> Trained:
-    """Train an adapter with one layer in memory at a time; see `carry_out`.
-
-    Nothing is rehearsed: the settings refuse `rehearsal` with this engine.
-
-    Raises:
-        UserError: besides, a checkpoint that asks for dropout.
-    """
-    return carry_out(
-        _run,
-        checkpoint,
-        rows,
-        validation,
-        settings,
-        folder=folder,
-        out=out,
-        base_model=base_model,
-        listener=listener,
-        rehearsal=rehearsal,
-    )
-
-
 def _run(job: Job, listener: Listener) -> None:
     with reproducible(job.settings.threads):
         _Training(job, listener).run()
+
+
+train = partial(carry_out, _run)
+"""Train an adapter, one layer in memory at a time; the arguments are `carry_out`'s, less the first.
+
+A checkpoint that asks for dropout is refused. Nothing is rehearsed: the settings refuse `rehearsal`
+with this engine.
+"""
 
 
 @dataclass(frozen=True)

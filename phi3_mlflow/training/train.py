@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,44 +23,15 @@ from phi3_mlflow.training import processes
 from phi3_mlflow.training.lora import lora_config
 from phi3_mlflow.training.packing import Pack, PackCollator, pack, tokens_in
 from phi3_mlflow.training.rehearsal import PIECE, Rehearsal
-from phi3_mlflow.training.run import KEPT, Trained, carry_out, reproducible
+from phi3_mlflow.training.run import KEPT, carry_out, reproducible
 from phi3_mlflow.training.tokens import IGNORED, labels_of
 from phi3_mlflow.training.watch import Listener, Stopped, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from phi3_mlflow.training.processes import Job
-    from phi3_mlflow.training.settings import TrainSettings
     from phi3_mlflow.training.tokens import Row
-
-
-def train(
-    checkpoint: Path,
-    rows: Sequence[Row],
-    validation: Sequence[Row],
-    settings: TrainSettings,
-    *,
-    folder: Path,
-    out: Path,
-    base_model: str,
-    listener: Listener,
-    rehearsal: Sequence[Sequence[int]] = (),
-) -> Trained:
-    """Train an adapter with the model in memory; see `carry_out`."""
-    return carry_out(
-        _run,
-        checkpoint,
-        rows,
-        validation,
-        settings,
-        folder=folder,
-        out=out,
-        base_model=base_model,
-        listener=listener,
-        rehearsal=rehearsal,
-    )
 
 
 def follow() -> None:
@@ -83,6 +55,10 @@ class _Deaf:
 def _run(job: Job, listener: Listener) -> None:
     with reproducible(job.settings.threads):
         _trainer(job, listener).train(resume_from_checkpoint=str(job.start) if job.start else None)
+
+
+train = partial(carry_out, _run)
+"""Train an adapter with the model in memory; the arguments are `carry_out`'s, less the first."""
 
 
 def _trainer(job: Job, listener: Listener) -> Any:
