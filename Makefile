@@ -7,7 +7,7 @@ EXPERIMENT ?= phi3-mlflow
 ARGS       ?=
 # More for pytest, as in: make test PYTEST="tests/project -x"
 PYTEST     ?=
-# Tests run in so many processes.
+# The fast tests run in so many processes; of the slow ones, each has the machine to itself.
 WORKERS    ?= 2
 
 MLFLOW_TRACKING_URI     ?= sqlite:///$(CURDIR)/mlflow.db
@@ -41,7 +41,7 @@ test: lint  ## everything: checks, generated files, all tests, what the fast one
 	@python tools/generate.py --check
 ifeq ($(PYTEST),)
 	@python -m pytest -n $(WORKERS) -m "not slow" -q --cov --cov-report=term
-	@python -m pytest -n $(WORKERS) -m slow --durations=25
+	@python -m pytest -m slow --durations=25
 else
 	@python -m pytest $(PYTEST)
 endif
