@@ -9,10 +9,10 @@ import numpy as np
 from .adapter import add_adapter
 from .fair_lock import FairLock
 from .request import RequestError
-from .tokens import ChatTokenizer
+from .tokens import ChatTokenizer, Tokenizing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .engine import EngineSettings, Guided
 
 
-class TorchEngine:
+class TorchEngine(Tokenizing):
     """A Hugging Face checkpoint.
 
     Args:
@@ -90,26 +90,6 @@ class TorchEngine:
         self._tokenizer = ChatTokenizer(tokenizer, named)
         end = self._tokenizer.end
         self.ends: frozenset[int] = frozenset(named if end is None else named | {end})
-
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, ready for the assistant's answer.
-
-        Raises:
-            RequestError: the chat template refuses the messages.
-        """
-        return self._tokenizer.render(messages)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a literal text."""
-        return self._tokenizer.encode(text)
-
-    def decoder(self) -> Callable[[int], str]:
-        """Return a function that takes the tokens of one answer in turn and gives their text."""
-        return self._tokenizer.decoder()
-
-    def spell(self, token: int) -> bytes:
-        """Return the bytes of a token's text; none for a control token."""
-        return self._tokenizer.spell(token)
 
     def open_guided(self, capacity: int, schema: str) -> Guided:
         """Refuse: transformers cannot hold an answer to a JSON schema.

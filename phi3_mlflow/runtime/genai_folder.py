@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from .fair_lock import FairLock
 from .genai_config import GenaiConfig
-from .tokens import ChatTokenizer
+from .tokens import ChatTokenizer, Tokenizing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from .engine import EngineSettings
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-class GenaiFolder:
+class GenaiFolder(Tokenizing):
     """The part of an engine that is about texts and limits.
 
     Args:
@@ -51,26 +50,6 @@ class GenaiFolder:
         number_bytes = 4 if settings.provider == "cpu" else 2
         self.token_bytes = 2 * decoder.layers * decoder.heads * decoder.head_size * number_bytes
         self._tokenizer = ChatTokenizer(folder, config.ends)
-
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, ready for the assistant's answer.
-
-        Raises:
-            RequestError: the chat template refuses the messages.
-        """
-        return self._tokenizer.render(messages)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a literal text."""
-        return self._tokenizer.encode(text)
-
-    def decoder(self) -> Callable[[int], str]:
-        """Return a function that takes the tokens of one answer in turn and gives their text."""
-        return self._tokenizer.decoder()
-
-    def spell(self, token: int) -> bytes:
-        """Return the bytes of a token's text; none for a control token."""
-        return self._tokenizer.spell(token)
 
 
 def threads(settings: EngineSettings) -> int:

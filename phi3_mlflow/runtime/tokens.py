@@ -145,6 +145,32 @@ class ChatTokenizer:
         return about
 
 
+class Tokenizing:
+    """An engine that makes tokens and texts with one tokenizer."""
+
+    _tokenizer: ChatTokenizer
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a conversation, ready for the assistant's answer.
+
+        Raises:
+            RequestError: the chat template refuses the messages.
+        """
+        return self._tokenizer.render(messages)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a literal text."""
+        return self._tokenizer.encode(text)
+
+    def decoder(self) -> Callable[[int], str]:
+        """Return a function that takes the tokens of one answer in turn and gives their text."""
+        return self._tokenizer.decoder()
+
+    def spell(self, token: int) -> bytes:
+        """Return the bytes of a token's text; none for a control token."""
+        return self._tokenizer.spell(token)
+
+
 def _loaded(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that gives all of a text, and nothing but it."""
     tokenizer.no_truncation()
