@@ -18,6 +18,7 @@ from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.core.shipped import shipped
 from phi3_mlflow.rows.location import is_uri
+from phi3_mlflow.training.settings import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -161,7 +162,7 @@ def _find_calibration(chosen: dict[str, Any], file: Path) -> None:
 def _find_rows(content: dict[str, Any], file: Path) -> None:
     """Relative files of training rows in a profile count from its folder."""
     train = content.get("train")
-    for key in ("data", "validation", "rehearsal"):
+    for key in ROWS:
         if isinstance(train, dict) and isinstance(train.get(key), str) and not is_uri(train[key]):
             train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
 

@@ -19,6 +19,7 @@ from phi3_mlflow.config.loading import CALIBRATION
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.shipped import project_path
 from phi3_mlflow.sources.spec import FileSource, HubSource, parse_source
+from phi3_mlflow.training.settings import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 METADATA_KEY = "recipe"
 MADE_BY = ("fetch", "quantize", "export")
 """The steps that make an artifact, from its source on, where nothing is trained."""
-ROWS = ("data", "validation", "rehearsal")
-"""The keys of the profile's section `train` that name rows."""
 # What says how a model is judged, how large it is, or how long a download may take, and decides no
 # byte of it; and the search for a quantization, whose outcome stands in the provenance.
 _DECIDES_NOTHING = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.rows.texts import read_texts
+from phi3_mlflow.rows.texts import read_texts, written_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,13 +67,7 @@ def _tokens(tokenizer: Any, texts: Iterable[str | Conversation], enough: int) ->
     for text in texts:
         if len(tokens) >= enough:
             break
-        if not isinstance(text, str):
-            text = _written_out(tokenizer, text)
-        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+        tokens += (
+            tokenizer(written_out(tokenizer, text), add_special_tokens=False)["input_ids"] + end
+        )
     return tokens
-
-
-def _written_out(tokenizer: Any, messages: Conversation) -> str:
-    if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n\n".join(message["content"] for message in messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.rows.faults import shown
@@ -37,6 +37,20 @@ def read_texts(file: Path, purpose: str) -> list[str | Conversation]:
         raise UserError(f"{purpose}: {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{purpose}: {file} is not UTF-8 text") from error
+
+
+def written_out(tokenizer: Any, text: str | Conversation) -> str:
+    """A text as it is; a conversation as the tokenizer's chat template writes it, if there is one.
+
+    Args:
+        tokenizer: of transformers.
+        text: a text or a conversation.
+    """
+    if isinstance(text, str):
+        return text
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(text, tokenize=False))
+    return "\n\n".join(message["content"] for message in text)
 
 
 def _entry(file: Path, record: Record, purpose: str) -> str | Conversation:

@@ -32,6 +32,7 @@ from phi3_mlflow.core.progress import Meter, show_progress
 from phi3_mlflow.pipeline.inputs import CHECKPOINT, folder_input, rows_input
 from phi3_mlflow.pipeline.step import NoRecord, Settings, Step, Work, step_parameters
 from phi3_mlflow.pipeline.unfinished import drop_kept_work, kept_work
+from phi3_mlflow.training.settings import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +52,7 @@ _ENGINES = {
     "memory": "with the whole model in memory",
     "streamed": "with the model read layer by layer",
 }
-_DECIDES_NO_BYTE = {"data", "validation", "rehearsal", "log_as"}  # of the rows, their content does
+_DECIDES_NO_BYTE = {*ROWS, "log_as"}
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def trained_on(facts: Mapping[str, Any]) -> str:
 
 def _rows_used(inputs: TrainInputs) -> dict[str, Any]:
     """What identifies the rows, for those who have to find them again; not where they are."""
-    named = {key: getattr(inputs, key) for key in ("data", "validation", "rehearsal")}
+    named = {key: getattr(inputs, key) for key in ROWS}
     return {
         key: {"sha256": rows.digest, "files": dict(rows.files)}
         for key, rows in named.items()
@@ -288,7 +289,7 @@ def _rehearsal(work: Work[TrainInputs], data: TrainingData) -> list[tuple[int, .
     if given is None:
         return []
     texts = without_overlap(work.request.profile, data, read_rehearsal(given.value))
-    pieces = rehearsal_pieces(work.inputs.checkpoint.value, texts, "train.rehearsal")
+    pieces = rehearsal_pieces(work.inputs.checkpoint.value, texts)
     work.run.log_rows("rehearsal", given, len(texts))
     console.say(
         f"  {len(texts)} texts to rehearse, {sum(map(len, pieces)):,} tokens, "

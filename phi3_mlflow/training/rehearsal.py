@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.rows.texts import read_texts
+from phi3_mlflow.rows.texts import read_texts, written_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
     from phi3_mlflow.rows.texts import Conversation
 
+_NAME = "train.rehearsal"  # in messages
+
 PIECE = 128
 """Tokens of a text that are read together; a rest of less than half of it is left out."""
 
 
 def rehearsal_pieces(
-    checkpoint: Path, texts: Sequence[str | Conversation], purpose: str
+    checkpoint: Path, texts: Sequence[str | Conversation]
 ) -> list[tuple[int, ...]]:
     """Texts as token ids, in pieces of `PIECE` tokens; the last one of a text may have fewer.
 
     Args:
         checkpoint: a folder with the tokenizer; conversations are written out by its template.
         texts: texts and conversations.
-        purpose: what they are called in messages.
 
     Raises:
         UserError: they have too few tokens for one piece.
@@ -46,13 +47,11 @@ def rehearsal_pieces(
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     pieces = []
     for text in texts:
-        if not isinstance(text, str):
-            text = tokenizer.apply_chat_template(text, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(written_out(tokenizer, text), add_special_tokens=False)["input_ids"]
         cut = (tuple(ids[start : start + PIECE]) for start in range(0, len(ids), PIECE))
         pieces += [piece for piece in cut if len(piece) >= PIECE // 2]
     if not pieces:
-        raise UserError(f"{purpose}: no text has {PIECE // 2} tokens or more")
+        raise UserError(f"{_NAME}: no text has {PIECE // 2} tokens or more")
     return pieces
 
 
@@ -62,7 +61,7 @@ def read_rehearsal(file: Path) -> list[str | Conversation]:
     Raises:
         UserError: it cannot be read, or a line of it is no text and no conversation.
     """
-    return read_texts(file, "train.rehearsal")
+    return read_texts(file, _NAME)
 
 
 class Rehearsal:

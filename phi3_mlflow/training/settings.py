@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from phi3_mlflow.core.section import Section
 from phi3_mlflow.rows.location import is_uri
 
+ROWS = ("data", "validation", "rehearsal")
+"""The settings that name files. Of these the content decides, and not the name."""
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]

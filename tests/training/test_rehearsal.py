@@ -93,11 +93,11 @@ def test_texts_are_cut_and_conversations_written_out(checkpoint: Path, tmp_path:
     file = tmp_path / "texts.jsonl"
     rows = [{"text": "x" * (2 * PIECE + 70)}, {"text": "short"}, {"messages": said}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pieces = rehearsal_pieces(checkpoint, read_rehearsal(file), "train.rehearsal")
+    pieces = rehearsal_pieces(checkpoint, read_rehearsal(file))
     assert [len(piece) for piece in pieces[:3]] == [PIECE, PIECE, 70]
     assert len(pieces) == 4, "the short text is left out, the conversation is one piece"
     with pytest.raises(UserError, match=r"train\.rehearsal: no text has 64 tokens"):
-        rehearsal_pieces(checkpoint, ["short"], "train.rehearsal")
+        rehearsal_pieces(checkpoint, ["short"])
     file.write_text('{"prompt": "what?"}\n')
     with pytest.raises(UserError, match=r"train\.rehearsal: .*texts\.jsonl, line 1: expected"):
         read_rehearsal(file)
