@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phi3_mlflow.config.profile import Profile
-    from phi3_mlflow.pipeline.step import Step
+    from phi3_mlflow.pipeline.step import Outcome, Step
+    from phi3_mlflow.stages.records import EvaluationRecord
 
 FETCH, TRAIN, SEARCH = fetch.STEP, train.STEP, search.STEP
 QUANTIZE, EXPORT = quantize.STEP, export.STEP
@@ -126,15 +127,10 @@ class Main(Command):
                 try:
                     done = follow(sequence(fetch.followed(request)), pipeline)
                 except GateRefused:
-                    evaluated = pipeline.outcome(EVALUATE)
-                    link_models(run, pipeline)
-                    run.log_headline(headline_metrics(evaluated.record.challenger))
-                    say_refused(request, evaluated)
+                    say_refused(request, show_models(run, pipeline))
                     raise
-                evaluated, promoted = pipeline.outcome(EVALUATE), done.record(PROMOTE)
-                link_models(run, pipeline)
+                evaluated, promoted = show_models(run, pipeline), done.record(PROMOTE)
                 verdict = evaluated.record.challenger.verdict
-                run.log_headline(headline_metrics(evaluated.record.challenger))
                 busy = any(not outcome.hit for outcome in pipeline.outcomes[:-1])
                 say_done(request, evaluated, promoted, worked=busy)
         worked = sum(not outcome.hit for outcome in pipeline.outcomes)
@@ -148,13 +144,20 @@ class Main(Command):
         )  # fmt: skip
 
 
-def link_models(run: StepRun, pipeline: Pipeline) -> None:
-    """Show what was logged and registered with the run of the whole."""
+def show_models(run: StepRun, pipeline: Pipeline) -> Outcome[EvaluationRecord]:
+    """Show what was logged, registered and measured with the run of the whole.
+
+    Returns:
+        How the evaluation ended.
+    """
     models = pipeline.outcome(LOG).record.models
     versions = pipeline.outcome(REGISTER).record.versions
     run.link_models(
         [model.model_id for model in models], [one.version_name.uri for one in versions]
     )
+    evaluated = pipeline.outcome(EVALUATE)
+    run.log_headline(headline_metrics(evaluated.record.challenger))
+    return evaluated
 
 
 def sequence(moved: Mapping[str, str]) -> tuple[Part, ...]:
