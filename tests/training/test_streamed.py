@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from phi3_mlflow.training import resume
 from phi3_mlflow.training.run import Trained
 from phi3_mlflow.training.settings import TrainSettings
 from tests.fixtures.tiny_phi3 import make_tiny
-from tests.training.test_train import Heard, rows
+from tests.training.test_train import Heard
 from tests.training.test_train import run as run_in_memory
 from tests.training.test_train import settings as any_settings
 
@@ -27,27 +28,7 @@ def settings(**more: Any) -> TrainSettings:
     return any_settings(**{"engine": "streamed", "lora_dropout": 0, **more})
 
 
-def run(
-    checkpoint: Path,
-    place: Path,
-    chosen: TrainSettings,
-    heard: Heard | None = None,
-    train_rows: Any = None,
-    validation: Any = None,
-) -> Trained:
-    from phi3_mlflow.training.streamed import train
-
-    place.mkdir(parents=True, exist_ok=True)
-    return train(
-        checkpoint,
-        rows(20) if train_rows is None else train_rows,
-        rows(4, 50) if validation is None else validation,
-        chosen,
-        folder=place / "work",
-        out=place,
-        base_model="microsoft/Phi-3-mini-4k-instruct",
-        listener=heard or Heard(),
-    )
+run = partial(run_in_memory, engine="streamed")
 
 
 @pytest.fixture(scope="module")

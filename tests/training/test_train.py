@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 
@@ -66,9 +67,17 @@ def checkpoint(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def run(checkpoint, place, chosen, heard=None, train_rows=None, validation=None, rehearsal=()):
-    from phi3_mlflow.training.train import train
-
+def run(
+    checkpoint,
+    place,
+    chosen,
+    heard=None,
+    train_rows=None,
+    validation=None,
+    rehearsal=(),
+    engine="train",
+):
+    train = import_module(f"phi3_mlflow.training.{engine}").train
     place.mkdir(parents=True, exist_ok=True)
     return train(
         checkpoint,
