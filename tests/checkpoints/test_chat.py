@@ -65,7 +65,8 @@ def test_a_sound_checkpoint_stays_as_it_is(folder: Path) -> None:
         ("Hello<|assistant|>", "leaves out 1 of 1 messages of one turn"),
         ("{{ messages[0]['a']['b'] }}", "refuses a conversation of one turn"),
         (PHI + " " * 200_000, "of one turn: it has 200"),
-        ("{% for a in range(99999) %}" * 3 + "a" + "{% endfor %}" * 3 + PHI, "it makes too much"),
+        # Which of the two limits is met first depends on the machine: text, or time.
+        ("{% for a in range(99999) %}" * 3 + "a" + "{% endfor %}" * 3 + PHI, "of one turn: it "),
         ("{{ 'a' * 10**10 }}" + PHI, "it makes too much text"),
     ],
 )
