@@ -19,7 +19,8 @@ and NAME is one of
 - ``manuals``: what the entry points say of themselves, a section each
 - ``parameters``: every parameter with its default, its meaning and the entry points that take it
 - ``profiles``: the profiles in configs/
-- ``profile-keys``: every key of a profile, from the models that check it
+- ``profile-keys:SECTION``: the keys of a section of a profile, from the models that check them;
+  SECTION is ``outside`` for those that are in none
 - ``headlines``: the figures that tools/headlines.py picks out of benchmarks/results
 - ``benchmark:FILE``: benchmarks/results/FILE.json, as benchmarks/_result.py writes it
 """
@@ -210,8 +211,11 @@ def block(name: str, root: Path) -> str:
         return parameters_table(root)
     if name == "profiles":
         return profiles_table(root)
-    if name == "profile-keys":
-        return profile_keys_table()
+    if kind == "profile-keys" and argument:
+        try:
+            return profile_keys_table(argument)
+        except LookupError as error:
+            raise DocumentError(f"block {name}: {error}") from error
     results = root / "benchmarks" / "results"
     if name == "headlines":
         try:
@@ -222,7 +226,7 @@ def block(name: str, root: Path) -> str:
         return benchmark_table(results / f"{argument}.json")
     raise DocumentError(
         f"unknown block {name}; there are steps, entry-points, manuals, parameters, profiles, "
-        "profile-keys, headlines and benchmark:FILE"
+        "profile-keys:SECTION, headlines and benchmark:FILE"
     )
 
 

@@ -1,4 +1,4 @@
-"""The keys of a profile as a table, from the models that check them."""
+"""The keys of a profile as tables, from the models that check them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from _result import format_table
 Row = tuple[str, str, str, str]
 
 
-def profile_keys_table() -> str:
-    """Every key of a profile: its values, its default and what it means."""
+OUTSIDE = "outside"
+"""What the keys that are in no section are asked for with."""
+
+
+def profile_keys_table(section: str) -> str:
+    """The keys of a section of a profile: their values, their defaults and what they mean.
+
+    Raises:
+        LookupError: a profile has no such section.
+    """
     from phi3_mlflow.config.parameters import PARAMETERS
     from phi3_mlflow.config.profile import Profile
     from phi3_mlflow.quantization.settings import DEFAULT_ALGORITHM
@@ -27,9 +35,17 @@ def profile_keys_table() -> str:
     rows = [
         (f"`{key}`", values, filled_in.get(key, default), meaning or helps.get(key, ""))
         for key, values, default, meaning in keys(schema, schema.get("$defs", {}))
-        if key != "name"
+        if key != "name" and section_of(key) == section
     ]
+    if not rows:
+        raise LookupError(f"a profile has no section {section}")
     return format_table(["Key", "Values", "Default", "Meaning"], rows)
+
+
+def section_of(key: str) -> str:
+    """The section that a dotted key is in."""
+    section, dot, _ = key.partition(".")
+    return section if dot else OUTSIDE
 
 
 def keys(schema: dict[str, Any], definitions: dict[str, Any], prefix: str = "") -> Iterator[Row]:

@@ -77,7 +77,8 @@ _ALL = (
     Parameter("force", "true: do it again although the output is there; main also takes all, or "
               "the name of a step", "false"),
     Parameter("input", "score: the file of rows, .jsonl, .csv or .parquet; has to be given"),
-    Parameter("output", "score: the file to write, of the same format; has to be given"),
+    Parameter("output", "the file to write: score, of the input's format; init, a profile, auto: "
+              "my-model.yaml"),
     Parameter("engine", "score: local, or spark (Apache Spark)", "local",
               choices=("local", "spark")),
     Parameter("master", "score on Spark: local[N], spark://HOST:PORT, yarn; auto: this machine"),

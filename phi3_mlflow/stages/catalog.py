@@ -9,6 +9,7 @@ from phi3_mlflow.stages import (
     evaluate,
     export,
     fetch,
+    init,
     log,
     main,
     promote,
@@ -30,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     command.name: command
     for command in (
         main.COMMAND,
+        init.COMMAND,
         cache.COMMAND,
         score.COMMAND,
         fetch.STEP,
