@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from phi3_mlflow.server import mlflow_routes, openai_routes
+from phi3_mlflow.server import mlflow_routes, openai_routes, page
 from phi3_mlflow.server.context import ServerContext
 from phi3_mlflow.server.errors import ApiError, from_exception
 from phi3_mlflow.server.exchange import RequestQueue
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
 
     from phi3_mlflow.server.holder import Holder
     from phi3_mlflow.server.settings import ServerSettings
-
-PAGE = Path(__file__).with_name("static") / "chat.html"
 
 
 def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
@@ -57,13 +51,7 @@ def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
     app.state.context = context
     app.include_router(openai_routes.router(context))
     app.include_router(mlflow_routes.router(context))
-    page = PAGE.read_text(encoding="utf-8")
-    page_headers = {"Content-Security-Policy": content_policy(page), "Cache-Control": "no-cache"}
-    page_headers |= {"Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-
-    @app.get("/")
-    async def chat_page() -> Response:
-        return HTMLResponse(page, headers=page_headers)
+    app.include_router(page.router())
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -102,18 +90,3 @@ def _watch(context: ServerContext) -> None:
 
     metrics.model.labels(holder.current.name, holder.current.version).set(1)
     holder.on_change = changed
-
-
-def content_policy(page: str) -> str:
-    """A Content-Security-Policy under which just this page's own script and style run."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (hashlib.sha256(text.encode()).digest() for text in found)
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 
 from phi3_mlflow.server.errors import ApiError, from_exception
+from phi3_mlflow.server.page import ASSETS
 from phi3_mlflow.server.settings import ServerSettings, is_loopback
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.server.metrics import Metrics
 
 log = logging.getLogger("phi3_mlflow.server")
-OPEN = ("/", "/ping", "/health", "/version")
+OPEN = ("/", *ASSETS, "/ping", "/health", "/version")
 """What is answered without a key: nothing of the model's."""
 _ENDPOINTS = (
     *OPEN, "/metrics", "/invocations", "/v1/models", "/v1/completions", "/v1/chat/completions",
