@@ -73,7 +73,8 @@ def log_onnx(
             f"{onnx_dir} is not a model for onnxruntime-genai: it has no genai_config.json. "
             "The export step makes such a directory"
         )
-    config = {"model_name": name, "rope_switch": rope_switch(onnx_dir), **(model_config or {})}
+    facts = {"rope_switch": rope_switch(onnx_dir), "kv_cache": kv_cache(onnx_dir)}
+    config = {"model_name": name, **facts, **(model_config or {})}
     example = bundle.CHAT_EXAMPLE if contract == "chat" else bundle.PROMPT_EXAMPLE
     logged: ModelInfo = Model.log(
         artifact_path=None,
@@ -135,6 +136,15 @@ class _OnnxFlavor:
         flavor["model_code_path"] = bundle.code_file(contract).name  # not where it lies here
         mlflow_model.model_size_bytes = get_total_file_size(folder)
         mlflow_model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def kv_cache(onnx_dir: Path) -> str:
+    """`float32` or `int8`: what the graph keeps keys and values as."""
+    import onnx
+
+    graph = onnx.load(onnx_dir / "model.onnx", load_external_data=False).graph
+    kinds = {value.type.tensor_type.elem_type for value in graph.input}
+    return "int8" if onnx.TensorProto.INT8 in kinds else "float32"
 
 
 def rope_switch(onnx_dir: Path) -> int:

@@ -15,14 +15,16 @@ from transformers import AutoConfig
 from phi3_mlflow.checkpoints.configuration import expected_shapes
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
-from phi3_mlflow.core.errors import CheckpointRefused, UserError
+from phi3_mlflow.checkpoints.rope import read_rope
+from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
 from phi3_mlflow.core.progress import Progress, no_progress
 from phi3_mlflow.genai.builder import streaming_builder
+from phi3_mlflow.genai.kv_cache import use_int8
 from phi3_mlflow.quantization.plan import check_architecture, shares_head
 from phi3_mlflow.quantization.stored import StoredQuantization
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 MODEL_FILE = "model.onnx"
@@ -54,6 +56,7 @@ def export_onnx(
     precision: Literal["int4", "fp32"],
     accuracy_level: int = 4,
     provider: str = "cpu",
+    kv_sequences: Sequence[Sequence[int]] = (),
     progress: Progress = no_progress,
 ) -> ExportReport:
     """Build the ONNX directory of a checkpoint; the weights stream, none is held.
@@ -67,7 +70,9 @@ def export_onnx(
         precision: `int4` or `fp32`.
         accuracy_level: what MatMulNBits computes in (4 int8, 1 float32, 0 the runtime's choice).
         provider: execution provider; `cpu` is the one there is.
-        progress: told the bytes written.
+        kv_sequences: token ids of texts; when there are some, keys and values are kept as int8,
+            with scales from what the model makes of them.
+        progress: told the bytes written, and the texts read.
 
     Raises:
         CheckpointRefused: the checkpoint is damaged, of another architecture or precision.
@@ -89,6 +94,11 @@ def export_onnx(
         _build(
             checkpoint, checkpoint_config, stored, reader, out, precision, accuracy_level, progress
         )
+    if kv_sequences:
+        rope, problems = read_rope(checkpoint_config)
+        if rope is None:
+            raise CheckpointRefused(problem_list("the rotary settings cannot be used", problems))
+        use_int8(out, kv_sequences, rope.rotated, progress)
     for file in licence_files(checkpoint):
         shutil.copyfile(file, out / file.name)
     return ExportReport(

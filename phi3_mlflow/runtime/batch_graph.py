@@ -9,7 +9,7 @@ operator GroupQueryAttention takes (`attention_mask` gives the lengths, padded o
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Memory grows in steps of this many tokens per slot, and at least by half.
 _STEP = 256
 _PAGE = mmap.PAGESIZE
+_KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+"""What keys and values can be kept as."""
 
 
 class NotBatchable(ValueError):
@@ -80,10 +82,13 @@ class BatchGraph:
             raise NotBatchable(f"has a graph with other inputs than expected: {names}")
         if {inputs[self._ids], inputs[self._mask]} != {"tensor(int64)"}:
             raise NotBatchable("has a graph that does not take tokens as int64")
-        kinds = {inputs[past] for past, _ in self._names}
-        kinds |= {value.type for value in self._session.get_outputs()}
-        if kinds != {"tensor(float)"}:
-            raise NotBatchable(f"has a cache or logits of {', '.join(sorted(kinds))}")
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
+        kept = {inputs[past] for past, _ in self._names}
+        kept |= {outputs[present] for _, present in self._names}
+        if outputs[self._logits] != "tensor(float)" or len(kept) > 1 or not kept <= set(_KINDS):
+            kinds = sorted({outputs[self._logits], *kept})
+            raise NotBatchable(f"has a cache or logits of {', '.join(kinds)}")
+        self._kind = _KINDS[kept.pop()]
 
     def reserve(self, tokens: int, lengths: dict[int, int]) -> None:
         """Have room for `tokens` in every slot.
@@ -97,7 +102,7 @@ class BatchGraph:
         capacity = max(tokens, self.capacity * 3 // 2)
         capacity = min(-(-capacity // _STEP) * _STEP, max(self._most, tokens))
         shape = (self.slots, self._heads, capacity, self._size)
-        larger = [_KvMemory(shape) for _ in self._names]
+        larger = [_KvMemory(shape, self._kind) for _ in self._names]
         for old, new in zip(self._memory, larger, strict=False):
             for slot, length in lengths.items():
                 new.array[slot, :, :length] = old.array[slot, :, :length]
@@ -127,17 +132,17 @@ class BatchGraph:
         shape = (slots, self._heads, self.capacity, self._size)
         for (past, present), memory in zip(self._names, self._memory, strict=True):
             address = memory.array[first:].ctypes.data
-            binding.bind_input(past, "cpu", 0, np.float32, shape, address)
-            binding.bind_output(present, "cpu", 0, np.float32, shape, address)
+            binding.bind_input(past, "cpu", 0, self._kind, shape, address)
+            binding.bind_output(present, "cpu", 0, self._kind, shape, address)
         binding.bind_output(self._logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits
 
-    def save(self, slot: int, length: int) -> list[NDArray[np.float32]]:
+    def save(self, slot: int, length: int) -> list[NDArray[Any]]:
         """A copy of the first tokens of a slot."""
         return [memory.array[slot, :, :length].copy() for memory in self._memory]
 
-    def load(self, slot: int, saved: list[NDArray[np.float32]], length: int) -> None:
+    def load(self, slot: int, saved: list[NDArray[Any]], length: int) -> None:
         """Put the first tokens of a copy into a slot."""
         for memory, kept in zip(self._memory, saved, strict=True):
             memory.array[slot, :, :length] = kept[:, :length]
@@ -156,14 +161,14 @@ class BatchGraph:
 class _KvMemory:
     """Zeros, of which only what is written takes up memory."""
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self._slot_bytes = 4 * shape[1] * shape[2] * shape[3]
+    def __init__(self, shape: tuple[int, int, int, int], kind: type[np.generic]) -> None:
+        self._slot_bytes = np.dtype(kind).itemsize * shape[1] * shape[2] * shape[3]
         size = shape[0] * self._slot_bytes
         if hasattr(mmap, "MAP_PRIVATE"):  # pages of a shared one would not be given back
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._map = mmap.mmap(-1, size)
-        self.array = np.frombuffer(self._map, dtype=np.float32).reshape(shape)
+        self.array = np.frombuffer(self._map, dtype=kind).reshape(shape)
 
     def forget(self, slot: int) -> None:
         if not hasattr(mmap, "MADV_DONTNEED"):

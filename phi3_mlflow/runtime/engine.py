@@ -108,6 +108,7 @@ class EngineSettings:
         max_context: upper bound for prompt and answer together; 0: what the model was made for.
         provider: `cpu` or `cuda`.
         rope_switch: see `Engine.rope_switch`.
+        kv_cache: what the graph keeps keys and values as, `float32` or `int8` (onnxruntime only).
         dtype: number type of the weights (transformers only); empty: as they are stored.
         batch: sequences that are computed together at most (onnxruntime only); 1: none.
     """
@@ -116,6 +117,7 @@ class EngineSettings:
     max_context: int = 0
     provider: str = "cpu"
     rope_switch: int = 0
+    kv_cache: str = "float32"
     dtype: str = ""
     batch: int = 1
 

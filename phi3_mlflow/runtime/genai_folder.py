@@ -48,6 +48,8 @@ class GenaiFolder(Tokenizing):
             # allocated for the window all the same. Within the window the model is right.
             self.context = min(self.context, self.window)
         number_bytes = 4 if settings.provider == "cpu" else 2
+        if settings.kv_cache == "int8":
+            number_bytes = 1
         self.token_bytes = 2 * decoder.layers * decoder.heads * decoder.head_size * number_bytes
         self._tokenizer = ChatTokenizer(folder, config.ends)
 

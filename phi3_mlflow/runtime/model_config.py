@@ -20,7 +20,8 @@ class ModelConfig:
 
     Attributes:
         model_name: the `model` of every answer.
-        threads, max_context, provider, rope_switch, dtype, batch: see `engine.EngineSettings`.
+        threads, max_context, provider, rope_switch, kv_cache, dtype, batch: see
+            `engine.EngineSettings`.
         max_tokens: new tokens at most, for requests that say nothing.
         temperature, top_p: for requests that say nothing; temperature 0 is greedy.
         prefix_cache_mb: megabytes of key-value cache kept for the next turn; 0 keeps nothing.
@@ -32,6 +33,7 @@ class ModelConfig:
     max_context: int = 0
     provider: str = "cpu"
     rope_switch: int = 0
+    kv_cache: str = "float32"
     dtype: str = ""
     max_tokens: int = 256
     temperature: float = 0.0
@@ -71,6 +73,7 @@ class ModelConfig:
             max_context=self.max_context,
             provider=self.provider,
             rope_switch=self.rope_switch,
+            kv_cache=self.kv_cache,
             dtype=self.dtype,
             batch=self.batch,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class BatchSession:
         self.room = room
         self.length = 0
         self.slot: int | None = None
-        self.saved: list[NDArray[np.float32]] = []
+        self.saved: list[NDArray[Any]] = []
         self._scheduler = scheduler
         self._logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.artifacts.manifests import sha256_of_file
 from phi3_mlflow.artifacts.provenance import content_digest, read_provenance, write_provenance
+from phi3_mlflow.config.loading import CALIBRATION
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.metrics import numbers
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.artifacts.inputs import Folder
     from phi3_mlflow.config.parameters import Request
+
+_KV_TOKENS = 8192
+"""Of the project's calibration texts, to find the scales of keys and values with."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +55,39 @@ class Export(Step[ExportInputs, NoRecord]):
 
     def settings(self, request: Request) -> Settings:
         profile = request.profile
+        in_int8 = profile.runtime.kv_cache == "int8"
         return {
             "precision": profile.precision,
             "accuracy_level": profile.quantization.accuracy_level,
             "provider": profile.runtime.provider,
+            **({"kv_cache": {"int8": sha256_of_file(CALIBRATION)}} if in_int8 else {}),
         }
 
     def work(self, work: Work[ExportInputs]) -> None:
+        from phi3_mlflow.checkpoints.reader import read_config
         from phi3_mlflow.genai.check import check_export
         from phi3_mlflow.genai.export import export_onnx
         from phi3_mlflow.genai.prompts import differing_prompts
+        from phi3_mlflow.quantization.calibration import calibration_sequences
+        from phi3_mlflow.quantization.settings import GptqSettings
 
         profile = work.request.profile
         checkpoint = work.inputs.checkpoint.value
+        texts: list[list[int]] = []
+        if profile.runtime.kv_cache == "int8":
+            read = GptqSettings(
+                calibration=CALIBRATION,
+                calibration_tokens=_KV_TOKENS,
+                calibration_length=min(512, read_config(checkpoint)["max_position_embeddings"]),
+            )
+            texts = calibration_sequences(checkpoint, read).tolist()
         report = export_onnx(
             checkpoint,
             work.out,
             precision=profile.precision,
             accuracy_level=profile.quantization.accuracy_level,
             provider=profile.runtime.provider,
+            kv_sequences=texts,
             progress=show_progress,
         )
         checked = check_export(work.out, profile.quantization if profile.quantizes else None)

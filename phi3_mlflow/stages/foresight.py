@@ -282,9 +282,10 @@ def _evaluated(profile: Profile, model: Model, candidate: int, rates: Rates) -> 
     )
     asked += sum(needle.target_tokens for needle in sets.fitting())
     longest = max([512, *(needle.target_tokens for needle in sets.fitting())])
+    kept = longest * model.cached // (4 if profile.runtime.kv_cache == "int8" else 1)
     speaking = answers * candidate / rates.memory + asked * model.products / rates.products
     return replace(
         compared,
-        memory=max(compared.memory, LIBRARIES + candidate + longest * model.cached),
+        memory=max(compared.memory, LIBRARIES + candidate + kept),
         seconds=(compared.seconds or 0) + speaking,
     )
