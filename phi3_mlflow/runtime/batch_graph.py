@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Memory grows in steps of this many tokens per slot, and at least by half.
 _STEP = 256
 _PAGE = mmap.PAGESIZE
-_KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+_KINDS: dict[str, type[np.generic[Any]]] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 """What keys and values can be kept as."""
 
 
