@@ -63,6 +63,11 @@ def connect() -> str:
     check_folder(uri, Path.cwd())
     try:
         mlflow.set_tracking_uri(uri)
+        if not (os.environ.get("MLFLOW_REGISTRY_URI") or uri.startswith("databricks")):
+            # Beside the records, as MLflow has it by default. Unless that is said, each client
+            # looks for a Spark session first: an import, which in the thread that samples the
+            # machine's load waits for the lock that MLflow holds while it evaluates, for ever.
+            mlflow.set_registry_uri("")
         if not os.environ.get("MLFLOW_RUN_ID") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
             # MLflow lets two processes make the tables of one new database at the same time, and
             # one of them fails.

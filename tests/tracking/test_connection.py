@@ -94,6 +94,25 @@ def test_what_is_no_server_is_not_probed(uri: str) -> None:
     connection.check_server(uri)
 
 
+def test_nobody_looks_for_spark_to_find_the_registry(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import in a thread of MLflow's own and one under its lock can wait for each other."""
+    from mlflow.tracking._model_registry import utils
+
+    def looked() -> None:
+        raise AssertionError("it imports")
+
+    monkeypatch.setattr(utils, "_get_active_spark_session", looked)
+    monkeypatch.setattr(utils, "_registry_uri", None)
+    connection.connect()
+    assert mlflow.get_registry_uri() == workspace.tracking_uri
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://registry.example")
+    monkeypatch.setattr(utils, "_registry_uri", None)
+    connection.connect()
+    assert mlflow.get_registry_uri() == "http://registry.example"
+
+
 def test_a_deleted_experiment_says_how_to_bring_it_back(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
