@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, Manifest, walk_files
+from phi3_mlflow.artifacts.stamps import stamp_of, write_json
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
 
 if TYPE_CHECKING:
@@ -245,8 +246,8 @@ class StepCache:
             yield output
             manifest = Manifest.of_directory(output)
             manifest.write(output)
-            _write_json(work / "origin.json", origin)
-            _write_json(work / "verified.json", _stamps(output))
+            write_json(work / "origin.json", origin)
+            write_json(work / "verified.json", _stamps(output))
             _sync_tree(work)
             place = self._place(step, key)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +285,7 @@ class StepCache:
         """Remember what a step last left for a profile."""
         file = self.root / "latest" / profile / f"{slot}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(file, {"key": key, "time": time.time()})
+        write_json(file, {"key": key, "time": time.time()})
 
     def latest(self, profile: str, step: str, slot: str | None = None) -> Entry | None:
         """What a step last left for a profile, when it is still there and whole."""
@@ -324,18 +325,16 @@ class StepCache:
         if not problems:
             # Also tells `prune` that it is in use. On a full disk the output is none the worse.
             with suppress(OSError):
-                _write_json(place / "verified.json", stamps)
+                write_json(place / "verified.json", stamps)
         return problems
 
 
 def _stamps(output: Path) -> dict[str, list[int]]:
-    """What changes when somebody touches a file; the change time cannot be set back."""
+    """How each file of an output looks; see `stamp_of`."""
     stamps = {}
     for file in [*walk_files(output), output / MANIFEST_NAME]:
-        stat = file.stat()
-        path = file.relative_to(output).as_posix()
-        # A rename of the directory above leaves all of these as they are.
-        stamps[path] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        # A rename of the directory above leaves all of it as it is.
+        stamps[file.relative_to(output).as_posix()] = stamp_of(file)
     return stamps
 
 
@@ -367,17 +366,6 @@ def _flock(file: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-
-
-def _write_json(file: Path, content: Any) -> None:
-    """Replace a JSON file in one step."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sync_tree(directory: Path) -> None:

@@ -7,26 +7,31 @@ streamed where the model can, for the time to the first piece.
 from __future__ import annotations
 
 import json
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.endings import code_of, ending
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
 from phi3_mlflow.core.meter import peak_rss_bytes
-from phi3_mlflow.evaluation.logits import find_model, local_files
+from phi3_mlflow.evaluation.logits import find_model
 from phi3_mlflow.evaluation.statistics import quantile
 from phi3_mlflow.evaluation.wrong import why_wrong
 from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.stored_files import local_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
     from phi3_mlflow.core.progress import Meter
     from phi3_mlflow.evaluation.items import Question
 
 _BATCH = 4
+_MOST_TOLD = 20
 _LOOP_WORDS = 4  # a loop is told by runs of this many words that were there before
 _LOOP_SHARE = 0.4
 _SHORT_ANSWER = 16  # words; a shorter answer has no room for a loop
@@ -132,30 +137,60 @@ def ask(model_uri: str, questions: Sequence[Question], progress: Meter) -> Answe
         progress: counts the questions.
 
     Raises:
-        EnvironmentProblem: the process that held the model died, most likely for memory.
+        UserError: the model refuses some of the questions; none was asked.
+        EnvironmentProblem: the model cannot be loaded, or the process that held it died.
     """
     import multiprocessing
     from concurrent.futures.process import BrokenProcessPool
 
     context = multiprocessing.get_context("spawn")
     answers: list[Answer] = []
+    there = multiprocessing.active_children()
+    holding: list[BaseProcess] = []
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            load_seconds = pool.submit(_load, model_uri).result()
+            loading = pool.submit(_load, model_uri)
+            holding = [one for one in multiprocessing.active_children() if one not in there]
+            load_seconds = loading.result()
+            _refuse(model_uri, pool.submit(_refused, list(questions)).result())
             for start in range(0, len(questions), _BATCH):
                 batch = list(questions[start : start + _BATCH])
                 answers += pool.submit(_ask, batch).result()
                 progress.advance(len(batch))
             peak = pool.submit(_peak).result()
     except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            f"the process that held {model_uri} died while it was being evaluated; the usual "
-            "reason is too little memory. Close other programs, or take a smaller profile."
-        ) from error
+        raise EnvironmentProblem(_died(model_uri, holding)) from error
     checked = (
         judged(answer, question) for question, answer in zip(questions, answers, strict=True)
     )
     return Answers(tuple(checked), load_seconds, peak)
+
+
+def _refuse(model_uri: str, refused: list[str]) -> None:
+    """Refuse to ask what the model would not answer, before anything was asked.
+
+    Raises:
+        UserError: there is such a question.
+    """
+    if refused:
+        more = len(refused) - _MOST_TOLD
+        told = [*refused[:_MOST_TOLD], *([f"and {more} more"] if more > 0 else [])]
+        raise UserError(
+            problem_list(
+                f"{model_uri} refuses {len(refused)} of the questions",
+                told,
+                "Shorten them or lower their max_tokens, or leave them out.",
+            )
+        )
+
+
+def _died(model_uri: str, holding: Sequence[BaseProcess]) -> str:
+    """What is told of the process that held a model and is gone."""
+    code = code_of(holding)
+    told = f"the process that held {model_uri} {ending(code)}, while it was being evaluated."
+    if code == -signal.SIGKILL:
+        told += " Close other programs, or take a smaller profile."
+    return told
 
 
 def judged(answer: Answer, question: Question) -> Answer:
@@ -175,6 +210,24 @@ class _Asked:
         self.prompts = inputs is not None and inputs.input_names() == ["prompt"]
         self._uri = model_uri
         self._tokenizer: Any = None
+
+    def refused(self, question: Question) -> str | None:
+        """Why the model would not answer a question; None when it would, or when it cannot say."""
+        from mlflow.exceptions import MlflowException
+
+        messages = [message.model_dump() for message in question.messages]
+        limits = {"max_tokens": question.max_tokens, "temperature": 0.0}
+        asked = {"prompt": self._text(messages)} if self.prompts else {"messages": messages}
+        try:
+            own = self.model.unwrap_python_model()
+            for one in own._requests({**asked, **limits}, None):
+                own.answerer.prepare(one)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                return f"question {question.id}: {error.message}"
+        except (AttributeError, TypeError):  # a model of another kind
+            return None
+        return None
 
     def answer(self, question: Question) -> Answer:
         messages = [message.model_dump() for message in question.messages]
@@ -217,8 +270,7 @@ class _Asked:
         self, messages: list[dict[str, Any]], limit: int, start: float
     ) -> tuple[str, dict[str, int], str, float | None]:
         """A text in and a text out: the chat template is applied here, the tokens counted here."""
-        tokenizer = self._tokens()
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokenizer, prompt = self._tokens(), self._text(messages)
         pieces, first = [], None
         params = {"max_tokens": limit, "temperature": 0.0}
         for piece in self.model.predict_stream({"prompt": prompt}, params):
@@ -228,6 +280,13 @@ class _Asked:
         made = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         usage = {"prompt_tokens": len(tokenizer(prompt)["input_ids"]), "completion_tokens": made}
         return text, usage, "length" if made >= limit else "stop", first
+
+    def _text(self, messages: list[dict[str, Any]]) -> str:
+        """A conversation as the prompt that the chat template makes of it."""
+        made = self._tokens().apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return str(made)
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -245,8 +304,20 @@ def _load(model_uri: str) -> float:
     global _asked
     connect()
     start = time.monotonic()
-    _asked = _Asked(model_uri)
+    try:
+        _asked = _Asked(model_uri)
+    except ProjectError:
+        raise
+    except Exception as error:  # of a class that may exist in this process only
+        told = f"{model_uri} cannot be loaded: {type(error).__name__}: {error}"
+        raise EnvironmentProblem(told) from None
     return time.monotonic() - start
+
+
+def _refused(questions: list[Question]) -> list[str]:
+    if _asked is None:
+        raise RuntimeError("the model is not loaded")
+    return [told for question in questions if (told := _asked.refused(question))]
 
 
 def _ask(questions: list[Question]) -> list[Answer]:

@@ -54,6 +54,7 @@ class Verdict:
         comparisons: with the champion and, of a fine-tuned version, with its base.
         against: the champion it was compared with, as `models:/NAME/NUMBER`.
         note: what decided, when it was neither a threshold nor a comparison.
+        replaces: why the champion, which is the same model, cannot stay; empty where it can.
         trained: the version is a fine-tuned one, so that everything that is wanted has to be shown.
         off: the profile switches the gate off.
     """
@@ -62,6 +63,7 @@ class Verdict:
     comparisons: tuple[Comparison, ...] = ()
     against: str | None = None
     note: str = ""
+    replaces: str = ""
     trained: bool = False
     off: bool = False
 
@@ -87,6 +89,8 @@ class Verdict:
         """What becomes of the alias."""
         if not self.passed:
             return "refuse"
+        if self.replaces:
+            return "promote"
         if self.note:
             return "keep"
         if self.trained:
@@ -120,6 +124,8 @@ class Verdict:
         """The decision in one sentence."""
         if self.decision == "refuse":
             return "; ".join(self.reasons)
+        if self.replaces:
+            return self.replaces
         if self.note:
             return self.note if self.gated else f"{NOT_GATED}; {self.note}"
         if not self.gated:

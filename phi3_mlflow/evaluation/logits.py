@@ -1,10 +1,9 @@
-"""The next-token logits of a model in onnxruntime-genai's format, and where a model's files are."""
+"""The next-token logits of a model in onnxruntime-genai's format, and which folder holds one."""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.errors import UserError
@@ -12,6 +11,7 @@ from phi3_mlflow.core.machine import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -74,10 +74,3 @@ def find_model(directory: Path) -> Path:
         if found := sorted(directory.rglob(name), key=lambda file: len(file.parts)):
             return found[0].parent
     raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
-
-
-def local_files(model_uri: str) -> Path:
-    """A logged model's files; nothing is copied where the store is on this machine."""
-    import mlflow
-
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))

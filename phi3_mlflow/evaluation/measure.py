@@ -20,11 +20,12 @@ from phi3_mlflow.evaluation.answers import NEEDLE, ask
 from phi3_mlflow.evaluation.baseline import loss_on_task, measure_checkpoint
 from phi3_mlflow.evaluation.divergence import Divergence, compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
-from phi3_mlflow.evaluation.logits import find_model, local_files
+from phi3_mlflow.evaluation.logits import find_model
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
 from phi3_mlflow.evaluation.streamed import BATCH_TOKENS, open_logits, streamed, together
 from phi3_mlflow.evaluation.task import CATEGORY, task_metrics
+from phi3_mlflow.tracking.stored_files import whole_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -155,7 +156,7 @@ def measure(
         window: tokens scored in one piece.
         store: where what the reference makes of the texts is kept.
     """
-    model = local_files(model_uri)
+    model = whole_files(model_uri)
     task = sets.task
     questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
     questions += task.questions if task else ()

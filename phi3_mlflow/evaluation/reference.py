@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
+from phi3_mlflow.core.endings import ending_of
 from phi3_mlflow.core.meter import peak_rss_bytes
 from phi3_mlflow.core.progress import hide_bars_of_transformers, no_progress
 from phi3_mlflow.evaluation.answers import Answer, judged, repeats
@@ -16,6 +17,7 @@ from phi3_mlflow.evaluation.divergence import batches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
     from phi3_mlflow.core.progress import Meter
@@ -96,11 +98,15 @@ def answer_alone(
         process died.
     """
     context = multiprocessing.get_context("spawn")
+    there = multiprocessing.active_children()
+    holding: list[BaseProcess] = []
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(_alone, checkpoint, tuple(questions)).result()
+            answering = pool.submit(_alone, checkpoint, tuple(questions))
+            holding = [one for one in multiprocessing.active_children() if one not in there]
+            found = answering.result()
     except BrokenProcessPool:
-        console.say("  full precision's process died; the usual reason is too little memory")
+        console.say(f"  full precision's process {ending_of(holding)}")
         return None
     progress.advance(len(questions))
     return found

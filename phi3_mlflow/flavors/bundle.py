@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_mlflow import runtime
+from phi3_mlflow.artifacts.manifests import Manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.runtime.model_config import ModelConfig
+from phi3_mlflow.tracking.stored_files import DIGEST
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -171,3 +173,22 @@ def write_documents(folder: Path, model_card: str | None, license_text: str | No
         (folder / "model_card.md").write_text(model_card, encoding="utf-8")
     if license_text is not None:
         (folder / "LICENSE.txt").write_text(license_text, encoding="utf-8")
+
+
+def list_files(folder: Path) -> str:
+    """Write down the files of a model that is about to be stored, beside them.
+
+    Returns:
+        The digest of that manifest.
+    """
+    files = Manifest.of_directory(folder).files
+    manifest = Manifest(tuple(file for file in files if "__pycache__" not in file.path))
+    manifest.write(folder)
+    return manifest.digest
+
+
+def mark_files(model_id: str, digest: str) -> None:
+    """Tag a logged model with the digest of its manifest, so that a changed manifest shows."""
+    from mlflow import MlflowClient
+
+    MlflowClient().set_logged_model_tags(model_id, {DIGEST: digest})

@@ -76,10 +76,11 @@ def log_onnx(
     facts = {"rope_switch": rope_switch(onnx_dir), "kv_cache": kv_cache(onnx_dir)}
     config = {"model_name": name, **facts, **(model_config or {})}
     example = bundle.CHAT_EXAMPLE if contract == "chat" else bundle.PROMPT_EXAMPLE
+    layout = _OnnxFlavor()
     logged: ModelInfo = Model.log(
         artifact_path=None,
         name=bundle.logged_name(name),
-        flavor=_OnnxFlavor,
+        flavor=layout,
         flavor_name="mlflow.pyfunc",
         metadata={**({"task": "llm/v1/chat"} if contract == "chat" else {}), **(metadata or {})},
         tags=tags,
@@ -97,14 +98,21 @@ def log_onnx(
         model_card=model_card,
         license_text=license_text,
     )
+    bundle.mark_files(logged.model_id, layout.digest)
     return logged
 
 
 class _OnnxFlavor:
-    """What `Model.log` needs of a flavor: a way to lay the model out in a local folder."""
+    """What `Model.log` needs of a flavor: a way to lay the model out in a local folder.
 
-    @staticmethod
+    Attributes:
+        digest: of the manifest of what was laid out.
+    """
+
+    digest = ""
+
     def save_model(
+        self,
         path: str,
         mlflow_model: Model,
         onnx_dir: Path,
@@ -136,6 +144,7 @@ class _OnnxFlavor:
         flavor["model_code_path"] = bundle.code_file(contract).name  # not where it lies here
         mlflow_model.model_size_bytes = get_total_file_size(folder)
         mlflow_model.save(str(folder / MLMODEL_FILE_NAME))
+        self.digest = bundle.list_files(folder)
 
 
 def kv_cache(onnx_dir: Path) -> str:

@@ -23,10 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.artifacts.manifests import MANIFEST_NAME
+from phi3_mlflow.artifacts.manifests import MANIFEST_NAME, FileEntry, Manifest, sha256_of_file
 from phi3_mlflow.artifacts.provenance import TRAINING_FILES
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import bundle
+from phi3_mlflow.tracking.stored_files import ADDED, folder_of, listed_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -106,7 +107,8 @@ def log_transformers(
             params=params,
             tags=tags,
         )
-    return _put_runtime(info, config, license_text or _licence_unknown(name), adapter)
+        info = _put_runtime(info, config, license_text or _licence_unknown(name), adapter, folder)
+    return info
 
 
 @contextmanager
@@ -129,7 +131,11 @@ def _dtype(checkpoint: Path) -> str:
 
 
 def _put_runtime(
-    info: ModelInfo, config: ModelConfig, license_text: str, adapter: Path | None
+    info: ModelInfo,
+    config: ModelConfig,
+    license_text: str,
+    adapter: Path | None,
+    checkpoint: Path,
 ) -> ModelInfo:
     """Replace the pyfunc wrapper of a model that was just logged, and the paths it gives away."""
     import mlflow
@@ -151,10 +157,44 @@ def _put_runtime(
             client.log_model_artifacts(info.model_id, str(folder))
             model.save(str(folder / MLMODEL_FILE_NAME))
             client.log_model_artifact(info.model_id, str(folder / MLMODEL_FILE_NAME))
+        _list_files(info, checkpoint)
     except BaseException:
         client.finalize_logged_model(info.model_id, LoggedModelStatus.FAILED)
         raise
     return model.get_model_info(client.get_logged_model(info.model_id))
+
+
+def _list_files(info: ModelInfo, checkpoint: Path) -> None:
+    """Put a manifest beside the files of a model that was just logged.
+
+    A store that is no folder of this machine has the weights as they are in the checkpoint, when
+    they are as large there; what else it has is small, and is downloaded.
+    """
+    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client = mlflow.MlflowClient()
+    repository = get_artifact_repository(client.get_logged_model(info.model_id).artifact_location)
+    place = folder_of(repository)
+    entries = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for path, size in sorted(listed_sizes(repository).items()):
+            if path == ADDED:
+                continue
+            file = checkpoint / path.removeprefix("model/")
+            if place is not None:
+                file = place / path
+            elif not (path.startswith("model/") and file.is_file() and _size(file) == size):
+                file = Path(repository.download_artifacts(path, dst_path=temporary))  # type: ignore[no-untyped-call, unused-ignore]
+            entries.append(FileEntry(path, _size(file), sha256_of_file(file)))
+        manifest = Manifest(tuple(entries))
+        manifest.write(Path(temporary))
+        client.log_model_artifact(info.model_id, str(Path(temporary) / MANIFEST_NAME))
+    bundle.mark_files(info.model_id, manifest.digest)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
 
 
 def _describe(model: Model, config: ModelConfig, *, with_adapter: bool) -> None:

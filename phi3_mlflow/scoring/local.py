@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.core.endings import ending
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.machine import available_memory, usable_cores
 from phi3_mlflow.scoring.requests import Result
@@ -134,8 +135,8 @@ class LocalEngine:
         code = worker.process.exitcode
         if not self.models_loaded or self._deaths > _MOST_DEATHS:
             raise EnvironmentProblem(
-                f"processes that hold the model die (code {code}); the usual reason is too little "
-                "memory. What is done is kept; take fewer workers: -P workers=1"
+                f"one process that holds the model after the other {ending(code)}. What is done is "
+                "kept; with fewer workers (-P workers=1) less memory is taken"
             )
         if len(worker.batch) == 1:
             return [(worker.batch[0][0], Result(error=f"the process died over this row ({code=})"))]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.tracking.stored_files import local_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from phi3_mlflow.scoring.requests import RowRequest
 
@@ -53,12 +54,16 @@ def inspect_model(model_uri: str) -> ScoredModel:
 
     Raises:
         UserError: it is not there, or takes neither messages nor a prompt.
+        EnvironmentProblem: its files are gone.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+        path = local_files(model_uri)
+    except UserError as error:
+        raise UserError(f"parameter: model_uri = {error}") from error
+    try:
         about: Any = mlflow.models.Model.load(str(path))
     except (MlflowException, OSError) as error:
         raise UserError(

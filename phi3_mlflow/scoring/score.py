@@ -24,6 +24,7 @@ from phi3_mlflow.scoring.model import SEED, ScoredModel, inspect_model, temporar
 from phi3_mlflow.scoring.requests import Result
 from phi3_mlflow.scoring.spark import SparkEngine
 from phi3_mlflow.scoring.worker import WorkerSettings
+from phi3_mlflow.tracking.stored_files import require_whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -52,6 +53,7 @@ def score(job: ScoringJob) -> ScoringSummary:
     Raises:
         UserError: the input, the output or the model is refused.
         EnvironmentProblem: the workers, the disk or Spark give out; the journal keeps what is done.
+            Or the model's files are damaged.
     """
     source = open_scored(job.input)
     _check_output(job)
@@ -66,6 +68,7 @@ def score(job: ScoringJob) -> ScoringSummary:
             job.journal.unlink(missing_ok=True)
         elif done := _finished(job, header):
             return done
+        require_whole(model.path, job.model_uri)
         _fill(job, model, source, header, summary, before)
     return summary
 

@@ -9,10 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.server.backend import Backend, backend_of
 from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.stored_files import whole_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +122,9 @@ def load(target: Target, batch: int = 1) -> Loaded:
     from mlflow.exceptions import MlflowException
 
     try:
-        model = mlflow.pyfunc.load_model(target.uri, model_config=_config(target.uri, batch))
+        # From there, lest a store that is no folder of this machine is downloaded from twice.
+        folder = str(whole_files(target.uri))
+        model = mlflow.pyfunc.load_model(folder, model_config=_config(folder, batch))
     except MlflowException as error:
         raise UserError(f"model_uri: {target.uri} cannot be loaded: {error.message}") from error
     except (OSError, ImportError) as error:
@@ -199,9 +202,11 @@ class Holder:
             self.current = self._load(target)
         except Exception as error:
             self._failed = target, time.monotonic()
+            # What a library says may have in it what is nobody's business but the server's.
+            why = str(error) if isinstance(error, ProjectError) else type(error).__name__
             log.error(
                 "version %s of %s cannot be loaded (%s); version %s goes on answering",
-                target.version, target.name, type(error).__name__, self.current.version,
+                target.version, target.name, why, self.current.version,
             )  # fmt: skip
             self.on_change("failed")
             return False

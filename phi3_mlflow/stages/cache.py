@@ -7,11 +7,12 @@
     python -m steps.cache --do prune --max-size 20GB --dry-run true
 
 `size` adds up by step, with what unfinished downloads take. `verify` reads every file and removes
-what is damaged; it will be made again when it is needed. `prune` removes what has not been used
-for a time, or the longest unused until the rest fits; without either limit, all that nothing needs.
-Never what a running step reads or builds, what a profile's last run left, or what a champion was
-made from and measured with. With `dry_run` it only says what would go. Unfinished downloads go by
-their age, too.
+what is damaged; it will be made again when it is needed. It also reads the files of the models that
+were logged from here, and names those that are damaged: the next `main` logs them anew. `prune`
+removes what has not been used for a time, or the longest unused until the rest fits; without either
+limit, all that nothing needs. Never what a running step reads or builds, what a profile's last run
+left, or what a champion was made from and measured with. With `dry_run` it only says what would go.
+Unfinished downloads go by their age, too.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.pipeline.command import Command
+from phi3_mlflow.stages.records import LoggedModels
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.connection import tracking_identity
+from phi3_mlflow.tracking.connection import connect, tracking_identity
+from phi3_mlflow.tracking.stored_files import trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -60,6 +63,7 @@ class Cache(Command):
                 console.say(said)
         elif action == "verify":
             removed = remove(cache, verify(cache, entries))
+            verify_logged(entries)
         else:
             removed = prune(cache, entries, age, size, preview=request.flag("dry_run"))
         gone = {(entry.step, entry.key) for entry in removed}
@@ -132,6 +136,21 @@ def verify(cache: StepCache, entries: Iterable[Entry]) -> list[Entry]:
         if problems:
             damaged.append(entry)
     return damaged
+
+
+def verify_logged(entries: Iterable[Entry]) -> None:
+    """Read every byte of the models that `log` has left in the tracking store in use.
+
+    What is damaged stays where it is: versions point to it, and the next `main` logs it anew.
+    """
+    for entry in entries:
+        settings = entry.origin.get("parts", {}).get("settings", {})
+        if entry.step != "log" or settings.get("tracking") != tracking_identity():
+            continue
+        connect()
+        for model in LoggedModels.read(entry.path).models:
+            found = trouble(model.model_id, thorough=True)
+            console.say(f"  log       {model.model_id}  {found or 'whole'}")
 
 
 def prune(

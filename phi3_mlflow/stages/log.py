@@ -39,6 +39,7 @@ from phi3_mlflow.stages.card import model_card
 from phi3_mlflow.stages.records import LoggedModel, LoggedModels
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
+from phi3_mlflow.tracking.stored_files import trouble
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -320,23 +321,6 @@ def version_tags(flavor: str, directory: Path) -> dict[str, str]:
         "artifact_sha256": str(known.get("artifact_sha256") or content_digest(directory)),
         "git_commit": origin().commit,
     }
-
-
-def trouble(model_id: str) -> str | None:
-    """What is wrong with a logged model, if anything is."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient()
-    try:
-        found = client.get_logged_model(model_id)
-    except MlflowException:
-        return f"the logged model {model_id} is no longer in MLflow"
-    if str(found.status) != "READY":
-        return f"the logged model {model_id} is {found.status}"
-    if not any(f.path.endswith("MLmodel") for f in client.list_logged_model_artifacts(model_id)):
-        return f"the files of the logged model {model_id} are gone"
-    return None
 
 
 STEP = Log()

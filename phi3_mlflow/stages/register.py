@@ -28,6 +28,7 @@ from phi3_mlflow.stages.records import (
 )
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
+from phi3_mlflow.tracking.stored_files import refuse_damaged
 
 if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import Entry, StepCache
@@ -130,6 +131,7 @@ def logged_model(uri: str) -> LoggedModel:
 
     Raises:
         UserError: there is no such model.
+        EnvironmentProblem: its files are damaged.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -138,10 +140,12 @@ def logged_model(uri: str) -> LoggedModel:
         info = mlflow.models.get_model_info(uri)
         tags = dict(mlflow.get_logged_model(info.model_id).tags) if info.model_id else {}
     except (MlflowException, OSError) as error:
+        refuse_damaged(uri)
         raise UserError(
             f"parameter: model_uri = {uri!r}: there is no such logged model: {error}\n"
             "Give models:/m-... (from the log step), or runs:/RUN_ID/NAME."
         ) from error
+    refuse_damaged(f"models:/{info.model_id}")
     tags.setdefault("flavor", "transformers" if "transformers" in info.flavors else "onnx")
     kept = (*registry.VERSION_TAGS, *TRAINING_TAGS, registry.CONTENT)
     return LoggedModel(

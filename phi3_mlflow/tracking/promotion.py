@@ -27,11 +27,13 @@ from phi3_mlflow.tracking.registry import (
     VersionName,
     alias_of,
     client,
+    damage,
     describe,
     exists,
     same_content,
     set_tags,
 )
+from phi3_mlflow.tracking.stored_files import refuse_damaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,7 +64,9 @@ def promote(version: VersionName, *, overrule: bool) -> Promotion:
     Raises:
         UserError: the version has not been evaluated, or against another champion than there is.
         GateRefused: the gate said no; the alias stays.
+        EnvironmentProblem: the version's files are damaged.
     """
+    refuse_damaged(version.uri)
     with _promotion_lock(version.name):
         if stays := _decide(version, overrule=overrule):
             return stays
@@ -74,14 +78,8 @@ def promote(version: VersionName, *, overrule: bool) -> Promotion:
                 describe(version).tags,
                 alias_of(version.name, CHAMPION),
             )
-            compared = tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
-            decided = tags.get("gate_decision", "promote") == "promote" and (
-                tags.get("gate") == NOT_GATED or (tags.get("gate") == PASSED and compared)
-            )
-            reason = tags.get("gate_reasons") or "the gate passed"
-            if not decided:
-                reason = f"forced; the gate: {tags.get('gate', 'not run')}"
-            _move(version, before, reason, forced=not decided)
+            forced, reason = _why_it_moves(version, before, tags)
+            _move(version, before, reason, forced=forced)
         return Promotion(version, before, True, reason)
 
 
@@ -111,6 +109,21 @@ def _decide(version: VersionName, *, overrule: bool) -> Promotion | None:
     return None
 
 
+def _why_it_moves(
+    version: VersionName, before: str | None, tags: Mapping[str, str]
+) -> tuple[bool, str]:
+    """Whether the gate was overruled, and why the alias moves."""
+    compared = tags.get(GATE_AGAINST, NO_CHAMPION) == (before or NO_CHAMPION)
+    gate, decision = tags.get("gate"), tags.get("gate_decision", "promote")
+    if gate in (PASSED, NOT_GATED) and before:
+        champion = VersionName(version.name, before)
+        if same_content(version, champion) and (found := damage(champion)):
+            return False, f"it is the same model as the champion, {champion.uri}: {found}"
+    if decision == "promote" and (gate == NOT_GATED or (gate == PASSED and compared)):
+        return False, tags.get("gate_reasons") or "the gate passed"
+    return True, f"forced; the gate: {gate or 'not run'}"
+
+
 def _reason_to_stay(
     version: VersionName, champion: VersionName, tags: Mapping[str, str]
 ) -> str | None:
@@ -120,7 +133,7 @@ def _reason_to_stay(
         UserError: it was not compared with the champion there is.
     """
     if same_content(version, champion):
-        return f"{version.uri} is the same model"
+        return None if damage(champion) else f"{version.uri} is the same model"
     if tags.get("gate") == NOT_GATED and tags.get("gate_decision") == "promote":
         return None
     compared = tags.get(GATE_AGAINST, NO_CHAMPION)
@@ -141,9 +154,11 @@ def rollback(name: str) -> Promotion:
 
     Raises:
         UserError: there is no champion, or none before it.
+        EnvironmentProblem: the files of the one before it are damaged.
     """
     with _promotion_lock(name):
-        _before(name)  # nothing is claimed for what cannot be done
+        # Nothing is claimed for what cannot be done.
+        refuse_damaged(_before(name)[1].uri)
         with _claimed(name):
             current, target = _before(name)
             # The way further back is kept: the target keeps its own `promoted_from`.

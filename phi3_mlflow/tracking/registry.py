@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.stored_files import LOGGED, model_id_of, trouble
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-LOGGED = "logged_model"  # the tag that says which logged model a version is
 CONTENT = "content_key"
 """The tag that says what a logged model is, whoever logged it: files, contract, code, settings."""
 CHALLENGER = "challenger"
@@ -104,18 +104,15 @@ def find_registered(name: str, tag: str, value: str) -> VersionName | None:
 
 
 def _is_whole(version: ModelVersion) -> bool:
-    """Whether the logged model that a version points to still has its files."""
-    from mlflow.exceptions import MlflowException
+    """Whether the logged model that a version points to still has its files as they were logged."""
+    model_id = model_id_of(version)
+    return model_id is not None and trouble(model_id) is None
 
-    model_id = _model_id(version)
-    if not model_id:
-        return False
-    try:
-        model = client().get_logged_model(model_id)  # a deleted one still lists its files
-        files = client().list_logged_model_artifacts(model_id)
-    except (MlflowException, OSError):
-        return False
-    return str(model.status) == "READY" and any(file.path.endswith("MLmodel") for file in files)
+
+def damage(version: VersionName) -> str | None:
+    """What is wrong with the files of a version, if anything is; None where nothing is known."""
+    model_id = logged_model_id(version)
+    return trouble(model_id) if model_id else None
 
 
 def advance_alias(version: VersionName, alias: str) -> str | None:
@@ -242,12 +239,7 @@ def content(version: VersionName) -> str:
 
 def logged_model_id(version: VersionName) -> str | None:
     """The id of the logged model that a version is, `m-...`, where it is one."""
-    return _model_id(describe(version))
-
-
-def _model_id(version: ModelVersion) -> str | None:
-    tag = version.tags.get(LOGGED, "").partition("models:/")[2]
-    return str(getattr(version, "model_id", None) or tag) or None
+    return model_id_of(describe(version))
 
 
 def same_content(one: VersionName, other: VersionName) -> bool:

@@ -195,7 +195,7 @@ def test_what_cannot_be_marked_as_used_is_still_whole(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("phi3_mlflow.artifacts.cache._write_json", full)
+    monkeypatch.setattr("phi3_mlflow.artifacts.cache.write_json", full)
     assert store.find("quantize", KEY) is not None
 
 

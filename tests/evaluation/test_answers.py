@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,11 +17,21 @@ from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
-from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.evaluation.answers import Answers, _answered, repeats
+from phi3_mlflow.core.endings import ending
+from phi3_mlflow.core.errors import EnvironmentProblem, UserError
+from phi3_mlflow.evaluation.answers import (
+    Answers,
+    _answered,
+    _Asked,
+    _died,
+    _load,
+    _refuse,
+    repeats,
+)
 from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.measurement import Measurement
 from tests.evaluation.measurements import answer, measurement
+from tests.runtime.scripted import ScriptedEngine, model_on
 
 PROSE = (
     "The harbour was quiet in the early morning, and only the bell of the ferry could be heard. "
@@ -119,3 +133,94 @@ def test_an_error_of_a_class_of_the_models_own_reaches_the_parent_process(
     with pytest.raises(kind) as refused:
         _answered(Refusing(), question)
     assert told in str(pickle.loads(pickle.dumps(refused.value)))  # noqa: S301
+
+
+def asking(identity: str, content: str, limit: int = 16) -> Question:
+    return Question.model_validate(
+        {
+            "id": identity,
+            "category": "facts",
+            "messages": [{"role": "user", "content": content}],
+            "check": {"kind": "exact", "value": "a"},
+            "max_tokens": limit,
+        }
+    )
+
+
+class Loaded:
+    """What MLflow puts around a model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def unwrap_python_model(self) -> Any:
+        return self.model
+
+
+def test_what_cannot_be_asked_is_named_before_anything_is_asked() -> None:
+    engine = ScriptedEngine("yes")
+    asked = _Asked.__new__(_Asked)
+    asked.model, asked.prompts = Loaded(model_on(engine)), False
+    questions = [
+        asking("fits", "Hello"),
+        asking("long", "a" * 300),
+        asking("much", "a" * 150, 100),
+    ]
+    refused = [told for question in questions if (told := asked.refused(question))]
+    assert [told.partition(":")[0] for told in refused] == ["question long", "question much"]
+    assert engine.opened == 0
+    with pytest.raises(UserError, match="models:/m/1 refuses 2 of the questions") as error:
+        _refuse("models:/m/1", refused)
+    assert "question long: messages: 302 tokens leave no room" in str(error.value)
+    assert "context of 200" in str(error.value)
+    with pytest.raises(UserError, match="and 3 more"):
+        _refuse("models:/m/1", ["question q: no"] * 23)
+    _refuse("models:/m/1", [])
+
+
+def test_a_model_of_another_kind_is_just_asked() -> None:
+    asked = _Asked.__new__(_Asked)
+    asked.model, asked.prompts = Loaded(object()), False
+    assert asked.refused(asking("long", "a" * 300)) is None
+
+
+def die(how: str) -> None:
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "fault":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "told", "memory"),
+    [
+        ("killed", "was killed (SIGKILL)", True),
+        ("fault", "was ended by SIGUSR1", False),
+        ("by itself", "ended with code 3", False),
+    ],
+)
+def test_memory_is_blamed_only_when_the_system_killed(how: str, told: str, memory: bool) -> None:
+    process = multiprocessing.get_context("fork").Process(target=die, args=(how,))
+    process.start()
+    message = _died("models:/m/1", [process])
+    assert f"the process that held models:/m/1 {told}" in message
+    assert ("memory" in message) is memory
+    assert ending(None) == "ended without a word"
+
+
+def test_a_model_that_cannot_be_loaded_is_told_without_its_own_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OfTheModel(Exception):
+        """Cannot be unpickled where the model is not loaded."""
+
+    def load(model_uri: str) -> None:
+        raise OfTheModel("no weights")
+
+    monkeypatch.setattr("phi3_mlflow.evaluation.answers.connect", lambda: "")
+    monkeypatch.setattr("phi3_mlflow.evaluation.answers._Asked", load)
+    with pytest.raises(EnvironmentProblem) as error:
+        _load("models:/m/1")
+    kept = pickle.loads(pickle.dumps(error.value))  # noqa: S301
+    assert str(kept) == "models:/m/1 cannot be loaded: OfTheModel: no weights"
