@@ -23,6 +23,7 @@ from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
 from phi3_mlflow.evaluation.wrong import why_wrong
 from phi3_mlflow.tracking import registry
+from phi3_mlflow.tracking.logged_sets import name_rows
 from phi3_mlflow.tracking.runs import child_run
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.items import Question
     from phi3_mlflow.evaluation.measurement import Measurement
     from phi3_mlflow.evaluation.settings import JudgeSettings
+    from phi3_mlflow.tracking.logged_sets import LoggedSet
 
 QUESTION, CATEGORY, LEVEL = "question", "category", "level"
 """Tags of a trace: `tag.category = 'json'` finds the answers of a category."""
@@ -53,6 +55,7 @@ def log_answers(
     questions: Sequence[Question],
     found: Measurement,
     judge: JudgeSettings | None = None,
+    asked_set: LoggedSet | None = None,
 ) -> dict[str, float]:
     """Log what a version answered as a GenAI evaluation, in a run below the active one.
 
@@ -61,6 +64,7 @@ def log_answers(
         questions: all that were asked, long prompts included.
         found: its answers and metrics.
         judge: the judge model to ask about every answer, if any.
+        asked_set: the set that the questions come from, for MLflow to name.
 
     Returns:
         What the judge found: metric to value; empty without a judge.
@@ -79,6 +83,8 @@ def log_answers(
     with child_run(f"answers of version {version.version}", {"version": version.uri}):
         with _environment(_JUDGING if judge else _QUICK_WRITES):
             rows = _traced(answers, asked, model_id)
+            if asked_set is not None:
+                name_rows(rows, asked_set)
             # It writes a bar and an advertisement for its page, neither of which belongs in a log.
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 result = mlflow.genai.evaluate(data=rows, scorers=scorers, model_id=model_id)

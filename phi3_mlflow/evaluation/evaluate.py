@@ -123,7 +123,9 @@ class Evaluator:
 
         asked = [*self.sets.questions, *long_prompts(self.reference.path, self.sets.fitting())]
         try:
-            opinions = log_answers(version, asked, found, self.settings.judge)
+            opinions = log_answers(
+                version, asked, found, self.settings.judge, self.sets.logged()[0]
+            )
         except MlflowException as error:
             # A store without traces is no reason to lose what was measured.
             console.say(f"  the answers cannot be shown as an evaluation in MLflow: {error}")
@@ -205,6 +207,9 @@ class Evaluator:
             return None, verdict
         against = replace(verdict, against=champion.uri)
         if registry.same_content(version, champion):
+            if found_damaged := registry.damage(champion):
+                why = f"it is the same model as the champion, {champion.uri}: {found_damaged}"
+                return found, replace(against, replaces=why)
             note = f"it is the same model as the champion, {champion.uri}"
             return found, replace(against, note=note)
         if base is None and registry.was_fine_tuned(champion):

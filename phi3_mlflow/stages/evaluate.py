@@ -25,7 +25,7 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
 from phi3_mlflow.evaluation.metrics import HEADLINE
 from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
-from phi3_mlflow.evaluation.sets import Sets
+from phi3_mlflow.evaluation.sets import Sets, set_name
 from phi3_mlflow.pipeline.inputs import (
     CHECKPOINT,
     folder_input,
@@ -38,6 +38,7 @@ from phi3_mlflow.stages.records import EvaluatedVersion, EvaluationRecord, Regis
 from phi3_mlflow.tracking import registry, runs
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
+from phi3_mlflow.tracking.stored_files import refuse_damaged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -80,6 +81,8 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
     def inputs(self, request: Request, cache: StepCache) -> EvaluateInputs:
         reference = full_precision(request, cache)
         versions = _versions(request, cache)
+        for version in versions:
+            refuse_damaged(version.uri)
         champions = [registry.champion_to_beat(version) for version in versions]
         return EvaluateInputs(
             _input(versions),
@@ -146,7 +149,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             hardware=hardware(),
             texts_sha256=sets.digests()["texts_sha256"],
         ).write(work.out)
-        work.run.log_evaluation(work.out, sets.questions, sets.texts)
+        work.run.log_evaluation(work.out, sets.logged())
 
     def run_name(self, request: Request, inputs: EvaluateInputs) -> str:
         numbers = " ".join(f"v{version.version}" for version in inputs.version.value)
@@ -239,6 +242,8 @@ def load_sets(profile: Profile) -> Sets:
         datasets.load_heldout(own_texts, quick=quick),
         [] if quick or own_questions else datasets.load_needles(),
         profile.runtime.max_context or profile.context_length,
+        questions_name="questions" if own_questions is None else set_name(str(own_questions)),
+        texts_name="held-out texts" if own_texts is None else set_name(str(own_texts)),
     )
 
 

@@ -54,7 +54,7 @@ class Score(Command):
         with step_run("score", request.profile.name) as run:
             job = replace(job, model_uri=model_uri(request))
             console.say(f"score: {job.input} with {job.model_uri}")
-            log_job(job)
+            run.log_settings(asked_for(job), {})
             done = score(job)
             if done.was_there:
                 console.say("score: nothing to do, the output is there")
@@ -200,17 +200,13 @@ def model_uri(request: Request) -> str:
     return text
 
 
-def log_job(job: ScoringJob) -> None:
-    """Log what was asked for."""
-    import mlflow
-
-    values = {
+def asked_for(job: ScoringJob) -> dict[str, Any]:
+    """What was asked for, as the run shows it."""
+    return {
         "input": job.input, "output": job.output, "model_uri": job.model_uri,
         "engine": job.engine, "master": job.master, "workers": job.workers,
         "batch_size": job.batch_size, "batch": job.batch, "seed": job.seed, **job.options,
     }  # fmt: skip
-    given = {f"resolved.{k}": str(v) for k, v in values.items() if v is not None}
-    mlflow.log_params(given)
 
 
 def log_summary(job: ScoringJob, done: ScoringSummary) -> None:

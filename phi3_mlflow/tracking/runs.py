@@ -22,20 +22,21 @@ from phi3_mlflow.core.meter import ResourceMeter
 from phi3_mlflow.core.shipped import project_path
 from phi3_mlflow.tracking.connection import connect
 from phi3_mlflow.tracking.dead_runs import close_dead_runs, owner_tags
+from phi3_mlflow.tracking.logged_sets import DIGEST_LENGTH, LoggedSet, log_sets
 from phi3_mlflow.tracking.row_sources import source_of
 
 if TYPE_CHECKING:
     import mlflow
     from matplotlib.figure import Figure
-    from pydantic import BaseModel
 
     from phi3_mlflow.artifacts.cache import Entry
     from phi3_mlflow.artifacts.inputs import Input
 
 
-_DIGEST_LENGTH = 36
 _DRAWN_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """A name that MLflow gives to a run that nobody named: bold-fox-123."""
+_ADDRESSES = ("sqlite:///", "file://", "file:")
+"""What may stand before the path of a file."""
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
 
@@ -63,9 +64,9 @@ class StepRun:
             values[f"resolved.{name}"] = given.shown
             values[f"resolved.{name}.sha256"] = given.digest
         named = [
-            (name, without_folders(str(value))[:_PARAM_LIMIT])
+            (name, setting_text(value)[:_PARAM_LIMIT])
             for name, value in values.items()
-            if value is not None
+            if value not in (None, "")
         ]
         for start in range(0, len(named), _PARAMS_AT_ONCE):
             mlflow.log_params(dict(named[start : start + _PARAMS_AT_ONCE]))
@@ -92,17 +93,11 @@ class StepRun:
         """Log figures to this run, and to this run only."""
         _log_metrics(self.run_id, metrics)
 
-    def log_evaluation(
-        self, folder: Path, questions: Sequence[BaseModel], texts: Sequence[BaseModel]
-    ) -> None:
+    def log_evaluation(self, folder: Path, sets: Sequence[LoggedSet]) -> None:
         """Log what an evaluation left, and the sets it was made on."""
         import mlflow
-        import pandas
-        from mlflow.data.pandas_dataset import from_pandas
 
-        for name, rows in (("questions", questions), ("held-out texts", texts)):
-            frame = pandas.DataFrame([{"row": row.model_dump_json(by_alias=True)} for row in rows])
-            mlflow.log_input(from_pandas(frame, name=name), context="evaluation")
+        log_sets(sets)
         mlflow.log_artifacts(str(folder), "evaluation")
 
     def log_rows(self, context: str, rows: Input[Path], count: int) -> None:
@@ -118,7 +113,7 @@ class StepRun:
 
         source = source_of(rows.shown, rows.value)
         # MLflow's digests have at most 36 characters; the whole is among the run's parameters.
-        digest = rows.digest[:_DIGEST_LENGTH]
+        digest = rows.digest[:DIGEST_LENGTH]
         dataset = MetaDataset(source, name=rows.value.stem, digest=digest)  # type: ignore[abstract]
         mlflow.log_input(dataset, context, {"rows": str(count), "sha256": rows.digest})
 
@@ -365,12 +360,19 @@ def artifact_link(run_id: str, path: str) -> str:
     return f"[{path}](#/experiments/{experiment}/runs/{run_id}/artifacts/{path}) of run `{run_id}`"
 
 
+def setting_text(value: object) -> str:
+    """A setting as a run shows it, without the folders of this machine."""
+    if isinstance(value, list | tuple):
+        return str([without_folders(one) if isinstance(one, str) else one for one in value])
+    return without_folders(str(value))
+
+
 def without_folders(value: str) -> str:
     """A value without the folders of this machine, which mean nothing on another.
 
     Files of the project and of the step cache keep their place in it.
     """
-    head = "sqlite:///" if value.startswith("sqlite:////") else ""
+    head = next((head for head in _ADDRESSES if value.startswith(f"{head}/")), "")
     path = Path(value.removeprefix(head))
     if not path.is_absolute() or "\n" in value:
         return value

@@ -16,9 +16,12 @@ from phi3_mlflow.evaluation.gate import check_thresholds
 from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.judge import check_judge
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.sets import Sets, set_name
 from phi3_mlflow.evaluation.settings import Bound, JudgeSettings
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.logged_sets import log_sets
+from phi3_mlflow.tracking.runs import step_run
 from tests.conftest import Workspace, own_store
 from tests.evaluation.measurements import measurement
 
@@ -109,6 +112,34 @@ def test_every_answer_is_a_trace_with_its_assessments(
     assert run.data.metrics["kl_mean"] == found.metrics["kl_mean"]
     assert run.info.status == "FINISHED"
     assert run.data.tags["owner_pid"], "a run that is killed could not be told from a live one"
+
+
+def test_the_set_that_was_asked_has_one_name_and_digest(version: registry.VersionName) -> None:
+    sets = Sets(QUESTIONS, (), questions_name="mine")
+    asked = sets.logged()[0]
+    with step_run("evaluate", "tiny") as run:
+        log_sets(sets.logged())
+        log_answers(version, QUESTIONS, measurement(RIGHT), None, asked)
+    found = [
+        given.dataset
+        for run_id in (run.run_id, run_of_answers(version).info.run_id)
+        for given in registry.client().get_run(run_id).inputs.dataset_inputs
+    ]
+    digest = sets.digests()["questions_sha256"][:36]
+    assert [(given.name, given.digest) for given in found] == [("mine", digest)] * 2
+    assert {"/" in given.source for given in found} == {False}, "no path of this machine"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/home/me/mine.csv", "mine"),
+        ("runs:/0123/questions.jsonl", "questions"),
+        ("mlflow-dataset:tickets", "tickets"),
+    ],
+)
+def test_a_set_is_called_as_its_file(source: str, name: str) -> None:
+    assert set_name(source) == name
 
 
 def test_questions_of_another_set_are_left_out(version: registry.VersionName) -> None:

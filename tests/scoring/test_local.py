@@ -178,5 +178,7 @@ def test_the_step_survives_a_kill_leaves_no_process_and_records_its_run(
     assert run.data.metrics["failed"] == 1
     assert run.data.metrics["tokens_per_second"] > 0
     assert run.data.params["resolved.model_uri"] == "models:/tiny/1"
+    assert run.data.params["resolved.input"] == "…/in.jsonl"
+    assert "None" not in run.data.params.values()
     inputs = {i.dataset.name: i.tags[0].value for i in run.inputs.dataset_inputs}
     assert inputs == {"in.jsonl": "scoring", "out.jsonl": "scored"}
