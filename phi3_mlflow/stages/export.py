@@ -5,7 +5,8 @@
 
 onnxruntime-genai's model builder makes the graph; the weights stream from the checkpoint into
 the ONNX file one by one. Bits, block size and accuracy level of every node are compared with the
-profile, and the model is loaded and asked for a token before it counts as done.
+profile, and the model is loaded and asked for a token before it counts as done. A model whose
+conversations would have other tokens than its own tokenizer makes of them is refused.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Export(Step[ExportInputs, NoRecord]):
         from phi3_mlflow.checkpoints.reader import read_config
         from phi3_mlflow.genai.check import check_export
         from phi3_mlflow.genai.export import export_onnx
-        from phi3_mlflow.genai.prompts import differing_prompts
+        from phi3_mlflow.genai.prompts import refuse_other_prompts
         from phi3_mlflow.quantization.calibration import calibration_sequences
         from phi3_mlflow.quantization.settings import GptqSettings
 
@@ -92,7 +93,7 @@ class Export(Step[ExportInputs, NoRecord]):
         )
         checked = check_export(work.out, profile.quantization if profile.quantizes else None)
         if profile.contract == "chat":
-            for difference in differing_prompts(checkpoint, work.out):
+            for difference in refuse_other_prompts(checkpoint, work.out):
                 console.say(f"  the flavors differ: {difference}")
         work.metrics.update(numbers(report) | numbers(checked))
         write_provenance(
