@@ -7,6 +7,9 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.tracking.connection import tracking_uri
+from phi3_mlflow.tracking.openers import opener_is_gone
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -19,7 +22,8 @@ def close_dead_runs(experiment_id: str) -> list[str]:
     """Close runs that are still RUNNING and never will be anything else, as KILLED.
 
     These are the runs of processes of this machine that are no more, and those that `mlflow run`
-    opened a day ago for an environment that was never made.
+    opened for an environment that was never made: at once where no process can be at it any more
+    (see `openers`), else after a day. One that should begin after all is RUNNING again by that.
 
     Returns:
         The ids of the runs that were closed.
@@ -27,8 +31,10 @@ def close_dead_runs(experiment_id: str) -> list[str]:
     from mlflow import MlflowClient
 
     client = MlflowClient()
+    mine = os.environ.get("MLFLOW_RUN_ID")
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    dead = {run.info.run_id: why for run in running if (why := _why_dead(run))}
+    others = [run for run in running if run.info.run_id != mine]
+    dead = {run.info.run_id: why for run in others if (why := _why_dead(run))}
     for run_id, why in dead.items():
         for name, value in (("error", why), ("outcome", "stopped"), ("exit_code", "unknown")):
             client.set_tag(run_id, name, value)
@@ -43,8 +49,11 @@ def _why_dead(run: Run) -> str | None:
         mine = tags["owner_host"] == socket.gethostname()
         gone = mine and not _alive(tags)
         return "the process that did the work ended without a word" if gone else None
-    opened_only = tags.get("mlflow.source.type") == "PROJECT" and "step" not in tags
-    if opened_only and time.time() - run.info.start_time / 1000 > _LONGEST_TO_BEGIN_S:
+    if tags.get("mlflow.source.type") != "PROJECT" or "step" in tags:
+        return None
+    began = run.info.start_time / 1000
+    too_old = time.time() - began > _LONGEST_TO_BEGIN_S
+    if too_old or opener_is_gone(run.info.run_id, tags.get("mlflow.user"), began, tracking_uri()):
         return "it never began: most likely its environment could not be made"
     return None
 

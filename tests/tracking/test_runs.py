@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from phi3_mlflow.artifacts.inputs import Input
 from phi3_mlflow.core.errors import GateRefused, UserError
 from phi3_mlflow.core.shipped import shipped
-from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.runs import child_run, close_dead_runs, step_run, without_folders
+from phi3_mlflow.tracking import openers, registry
+from phi3_mlflow.tracking.runs import (
+    child_run,
+    close_dead_runs,
+    setting_text,
+    step_run,
+    without_folders,
+)
 from tests.conftest import Workspace
 
 DAY_MS = 86_400_000
@@ -74,6 +84,98 @@ def test_runs_of_the_dead_are_closed_and_those_of_the_living_are_not(experiment:
     assert close_dead_runs(experiment) == []
 
 
+def test_a_run_whose_mlflow_run_is_gone_is_closed_at_once(
+    experiment: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which processes there are is made up: this machine's own would decide the test."""
+    client = registry.client()
+    user = getpass.getuser()
+    known, start = opened(0.001, **{"mlflow.user": user})
+
+    def state(of: str = user) -> str:
+        tags = {**known, "mlflow.user": of}
+        run_id = client.create_run(experiment, start_time=start, tags=tags).info.run_id
+        close_dead_runs(experiment)
+        status = str(client.get_run(run_id).info.status)
+        client.set_terminated(run_id)
+        return status
+
+    monkeypatch.setattr(openers, "_processes", lambda: iter(()))
+    monkeypatch.setattr(openers, "only_of_this_machine", lambda uri: uri == workspace.tracking_uri)
+    assert state() == "KILLED"
+    assert state("somebody-else") == "RUNNING"
+    mine = client.create_run(experiment, start_time=start, tags=known).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
+    assert close_dead_runs(experiment) == [], "the one that this very process is about to begin"
+    monkeypatch.setattr(openers, "only_of_this_machine", lambda uri: False)
+    assert state() == "RUNNING"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux tells it")
+def test_the_process_that_opened_a_run_is_told_from_others() -> None:
+    def started(*words: str) -> subprocess.Popen[bytes]:
+        code = f"{'import sqlite3' if 'sqlite' in words else ''}; print(flush=True); input()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    opener, other, handed = started("sqlite"), started(), started("--run-id", "r1")
+    try:
+        ways = {
+            (process.pid, age): openers._may_have_opened(
+                psutil.Process(process.pid), "r1", time.time() + age
+            )
+            for process in (opener, other, handed)
+            for age in (60, -600)
+        }
+        assert ways == {
+            (opener.pid, 60): True,
+            (opener.pid, -600): False,  # the run was there before it
+            (other.pid, 60): False,
+            (other.pid, -600): False,
+            (handed.pid, 60): False,
+            (handed.pid, -600): True,
+        }
+        gone = psutil.Process(opener.pid)
+        opener.kill()
+        opener.wait()
+        assert not openers._may_have_opened(gone, "r1", time.time() + 60)
+    finally:
+        for process in (opener, other, handed):
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("uri", "fstype", "known"),
+    [
+        ("sqlite:////data/mlflow.db", "ext4", True),
+        ("sqlite:////data/mlflow.db", "nfs4", False),
+        ("sqlite:////data/mlflow.db", "9p", False),
+        ("postgresql://db/mlflow", "ext4", False),
+        ("http://127.0.0.1:5000", "ext4", False),
+    ],
+)
+def test_which_stores_only_this_machine_can_write_to(
+    uri: str, fstype: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint="/data", fstype=fstype),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: disks)
+    monkeypatch.setattr(openers, "_IN_A_CONTAINER", ())
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert openers.only_of_this_machine(uri) is known
+    monkeypatch.setattr(openers, "_IN_A_CONTAINER", ("/",))
+    assert not openers.only_of_this_machine(uri)
+    disks[:] = [SimpleNamespace(mountpoint="/", fstype="overlay")]
+    assert openers.only_of_this_machine(uri) is uri.startswith("sqlite")
+
+
 @pytest.mark.parametrize(
     ("raised", "outcome", "code", "status"),
     [
@@ -127,10 +229,15 @@ def test_parameters_are_without_folders_of_this_machine(
     assert without_folders(str(shipped("data") / "heldout.jsonl")) == "project:data/heldout.jsonl"
     assert without_folders("/home/me/secret place/rows.jsonl") == "…/rows.jsonl"
     assert without_folders("sqlite:////home/me/mlflow.db") == "sqlite:///…/mlflow.db"
+    assert without_folders("file:/home/me/checkpoint") == "file:…/checkpoint"
+    assert without_folders("file:///home/me/checkpoint") == "file://…/checkpoint"
+    assert setting_text(["/home/me/a", "b", 3]) == "['…/a', 'b', 3]"
     for other in ("models:/m/1", "hf:a/b@c", "", "a/b", "3"):
         assert without_folders(other) == other
     with step_run("export", "tiny") as run:
-        run.log_settings({"a": None, "b": 1, "c": {"d": str(kept)}}, {})
+        champion = Input((), "", "")  # there is none
+        settings = {"a": None, "b": 1, "c": {"d": str(kept)}}
+        run.log_settings(settings, {"champion": champion})
     params = registry.client().get_run(run.run_id).data.params
     assert params == {"resolved.b": "1", "resolved.c.d": "cache:outputs/fetch/abc"}
 
