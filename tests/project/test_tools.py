@@ -253,14 +253,18 @@ def packages_of(setup_venv) -> Path:
 
 
 def test_packages_are_compiled_where_no_import_may_keep_its_byte_code(
-    setup_venv, monkeypatch, capsys
+    setup_venv, monkeypatch, capsys, tmp_path
 ):
     package = packages_of(setup_venv)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(setup_venv, "ROOT", tmp_path)
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "main.py").write_text("x = 1\n")
     monkeypatch.setattr(setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=1))
     with setup_venv.one_at_a_time() as lock:
         setup_venv.compile_packages(lock)
     assert [p.name.partition(".")[0] for p in package.rglob("*.pyc")] == ["one"]
+    assert list((tmp_path / "steps").rglob("main*.pyc")), "the project is no package of .venv"
     assert capsys.readouterr().out.count("\n") == 1
 
 

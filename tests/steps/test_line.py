@@ -133,6 +133,20 @@ def test_a_dry_run_says_what_would_be_done_and_why(line, connected: Workspace) -
     assert len(registry.client().search_runs(["1"])) == runs
 
 
+def test_a_forced_step_that_leaves_the_same_bytes_is_foreseen(line, connected: Workspace) -> None:
+    place, profile, _ = line
+    forced = ("main", "--profile", str(profile), "--force", "export")
+    plan = place.step(*forced, "--dry-run", "true").stdout.splitlines()
+    why = {line.split()[0]: line for line in plan if line.startswith("  ")}
+    assert "would run: forced" in why["export"]
+    for step in ("log", "register", "evaluate", "promote"):
+        assert "unless the step before leaves the same bytes as the last time" in why[step]
+    assert plan[-1] == "At most 5 of 7 steps would run."
+    done = place.step(*forced)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cached=true") == 5, "export and promote ran"
+
+
 def test_again_nothing_is_done(line, connected: Workspace) -> None:
     place, profile, _ = line
     before = len(registry.client().search_model_versions("name='tiny'"))
