@@ -203,7 +203,8 @@ class Holder:
         except Exception as error:
             self._failed = target, time.monotonic()
             # What a library says may have in it what is nobody's business but the server's.
-            why = str(error) if isinstance(error, ProjectError) else type(error).__name__
+            known = isinstance(error, ProjectError)
+            why = str(error).partition("\n")[0] if known else type(error).__name__
             log.error(
                 "version %s of %s cannot be loaded (%s); version %s goes on answering",
                 target.version, target.name, why, self.current.version,

@@ -125,9 +125,8 @@ def require_whole(folder: Path, model_uri: str) -> None:
         return  # no model at all, which whoever loads it says
     problems = _problems(folder, expected, thorough=True, remember=stored)
     if problems:
-        raise EnvironmentProblem(
-            _refused(model_uri, f"its files are damaged: {_told(problems)} (in {folder})")
-        )
+        why = f"its files are damaged: {_told(problems)}"
+        raise EnvironmentProblem(f"{_refused(model_uri, why)}. The files are in {folder}")
 
 
 def refuse_damaged(model_uri: str) -> None:
