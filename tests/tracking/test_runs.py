@@ -114,7 +114,7 @@ def test_a_run_whose_mlflow_run_is_gone_is_closed_at_once(
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux tells it")
 def test_the_process_that_opened_a_run_is_told_from_others() -> None:
     def started(*words: str) -> subprocess.Popen[bytes]:
-        code = f"{'import sqlite3' if 'sqlite' in words else ''}; print(flush=True); input()"
+        code = f"{'import sqlite3' if 'sqlite' in words else 'pass'}; print(flush=True); input()"
         process = subprocess.Popen(
             [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
