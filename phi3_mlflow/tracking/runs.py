@@ -20,7 +20,7 @@ from phi3_mlflow.core.errors import EXIT_DONE, EXIT_FAULT, ProjectError, outcome
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.core.meter import ResourceMeter
 from phi3_mlflow.core.shipped import project_path
-from phi3_mlflow.tracking.connection import connect
+from phi3_mlflow.tracking.connection import EXPERIMENT_NAME, connect
 from phi3_mlflow.tracking.dead_runs import close_dead_runs, owner_tags
 from phi3_mlflow.tracking.logged_sets import DIGEST_LENGTH, LoggedSet, log_sets
 from phi3_mlflow.tracking.row_sources import source_of
@@ -37,6 +37,7 @@ _DRAWN_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """A name that MLflow gives to a run that nobody named: bold-fox-123."""
 _ADDRESSES = ("sqlite:///", "file://", "file:")
 """What may stand before the path of a file."""
+_DEFAULT_EXPERIMENT = "0"
 _PARAM_LIMIT = 6000  # MLflow refuses longer parameter values
 _PARAMS_AT_ONCE = 100  # and more in one request
 
@@ -311,6 +312,11 @@ def _open_run(step: str, name: str, parent_run_id: str | None) -> Iterator[mlflo
             run_name=None if os.environ.get("MLFLOW_RUN_ID") else name,
             log_system_metrics=watched,
         )
+        if run.info.experiment_id == _DEFAULT_EXPERIMENT and os.environ.get("MLFLOW_RUN_ID"):
+            console.say(
+                "This run is in MLflow's experiment Default, where `mlflow run` opened it; with "
+                f"--experiment-name {EXPERIMENT_NAME} it is beside those that are started otherwise"
+            )
         if _DRAWN_NAME.fullmatch(run.info.run_name or ""):  # by `mlflow run`, for want of another
             mlflow.set_tag("mlflow.runName", name)
     status = RunStatus.FINISHED

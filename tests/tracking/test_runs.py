@@ -220,6 +220,18 @@ def test_a_run_that_mlflow_run_opened_is_named_unless_somebody_did(
     assert registry.client().get_run(made.info.run_id).info.run_name == shown
 
 
+def test_a_run_that_mlflow_run_opened_elsewhere_says_so(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = registry.client()
+    chosen = client.get_experiment_by_name("phi3-mlflow").experiment_id
+    for experiment, told in (("0", True), (chosen, False)):
+        monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(experiment).info.run_id)
+        with step_run("main", "tiny"):
+            pass
+        assert ("--experiment-name phi3-mlflow" in capsys.readouterr().err) is told
+
+
 def test_parameters_are_without_folders_of_this_machine(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
