@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 _LONGEST_TO_BEGIN_S = 86400  # an environment takes minutes
 
 
-def close_dead_runs(experiment_id: str) -> list[str]:
+def close_dead_runs(experiment_id: str, own: str | None = None) -> list[str]:
     """Close runs that are still RUNNING and never will be anything else, as KILLED.
 
     These are the runs of processes of this machine that are no more, and those that `mlflow run`
     opened for an environment that was never made: at once where no process can be at it any more
     (see `openers`), else after a day. One that should begin after all is RUNNING again by that.
+
+    Args:
+        experiment_id: where to look.
+        own: the run of this process, which may not have said yet whose it is.
 
     Returns:
         The ids of the runs that were closed.
@@ -31,9 +35,8 @@ def close_dead_runs(experiment_id: str) -> list[str]:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    mine = os.environ.get("MLFLOW_RUN_ID")
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    others = [run for run in running if run.info.run_id != mine]
+    others = [run for run in running if run.info.run_id != own]
     dead = {run.info.run_id: why for run in others if (why := _why_dead(run))}
     for run_id, why in dead.items():
         for name, value in (("error", why), ("outcome", "stopped"), ("exit_code", "unknown")):

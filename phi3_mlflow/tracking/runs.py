@@ -209,7 +209,7 @@ def step_run(
     import mlflow
 
     with _open_run(step, name or f"{step} {profile}", parent_run_id) as run, _marked():
-        close_dead_runs(run.info.experiment_id)
+        close_dead_runs(run.info.experiment_id, run.info.run_id)
         mlflow.set_tags(
             {
                 "step": step,
@@ -308,11 +308,12 @@ def _open_run(step: str, name: str, parent_run_id: str | None) -> Iterator[mlflo
             log_system_metrics=watched,
         )
     else:
+        opened = os.environ.get("MLFLOW_RUN_ID")  # which MLflow takes out of the environment
         run = mlflow.start_run(
-            run_name=None if os.environ.get("MLFLOW_RUN_ID") else name,
+            run_name=None if opened else name,
             log_system_metrics=watched,
         )
-        if run.info.experiment_id == _DEFAULT_EXPERIMENT and os.environ.get("MLFLOW_RUN_ID"):
+        if opened and run.info.experiment_id == _DEFAULT_EXPERIMENT:
             console.say(
                 "This run is in MLflow's experiment Default, where `mlflow run` opened it; with "
                 f"--experiment-name {EXPERIMENT_NAME} it is beside those that are started otherwise"

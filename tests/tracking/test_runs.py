@@ -105,8 +105,9 @@ def test_a_run_whose_mlflow_run_is_gone_is_closed_at_once(
     assert state() == "KILLED"
     assert state("somebody-else") == "RUNNING"
     mine = client.create_run(experiment, start_time=start, tags=known).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
-    assert close_dead_runs(experiment) == [], "the one that this very process is about to begin"
+    assert close_dead_runs(experiment, mine) == [], (
+        "the one that this very process is about to begin"
+    )
     monkeypatch.setattr(openers, "only_of_this_machine", lambda uri: False)
     assert state() == "RUNNING"
 
@@ -225,6 +226,9 @@ def test_a_run_that_mlflow_run_opened_elsewhere_says_so(
 ) -> None:
     client = registry.client()
     chosen = client.get_experiment_by_name("phi3-mlflow").experiment_id
+    # As in a new process; MLflow keeps the experiment that was chosen last.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     for experiment, told in (("0", True), (chosen, False)):
         monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(experiment).info.run_id)
         with step_run("main", "tiny"):
