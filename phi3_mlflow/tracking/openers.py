@@ -97,5 +97,5 @@ def _may_have_opened(process: psutil.Process, run_id: str, began: float) -> bool
 def _mine(process: psutil.Process) -> bool:
     """Whether a process that cannot be looked at is of this user, so that it may be the one."""
     with suppress(Exception):
-        return process.uids().real == os.getuid()
+        return bool(process.uids().real == os.getuid())
     return True
