@@ -67,9 +67,10 @@ class Search(Step[SearchInputs, SearchRecord]):
     def work(self, work: Work[SearchInputs]) -> None:
         request = work.request
         checkpoint = work.inputs.checkpoint.value
+        places = {name: at for at, name in enumerate(request.profile.search.candidates, start=1)}
 
         def measure(name: str, _: QuantizationSettings) -> CandidateMetrics:
-            console.say(f"search: candidate {name}")
+            console.say(f"search: candidate {name} ({places[name]} of {len(places)})")
             with Pipeline(tried(request, name), work.run.run_id) as pipeline:
                 done = pipeline.run(TriedCandidate(name), checkpoint=checkpoint)
             return CandidateMetrics(**done.record.model_dump())
