@@ -126,7 +126,8 @@ def _traced(
 ) -> pandas.DataFrame:
     """Log a trace for each answer, and lay them out as `mlflow.genai.evaluate` takes them.
 
-    The answers were given one after another; the traces end now, each as long as its answer took.
+    The traces lie one after another and end now, each as long as its answer took. Where questions
+    were answered together (attribute `alone`: false), that is longer than it would have been alone.
     """
     import mlflow
     import pandas
@@ -174,6 +175,8 @@ def _trace(
     span.set_outputs({"choices": [choice]})
     if answer.first_seconds is not None:
         span.set_attribute("time_to_first_token_s", answer.first_seconds)
+    if not answer.alone:
+        span.set_attribute("alone", False)
     span.set_attribute(
         SpanAttributeKey.CHAT_USAGE,
         {

@@ -22,6 +22,8 @@ from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.answers import Answers
 from phi3_mlflow.evaluation.assessments import log_answers
 from phi3_mlflow.evaluation.baseline import OF_ANSWERS
+from phi3_mlflow.evaluation.batching import TIMED as TIMED_QUESTIONS
+from phi3_mlflow.evaluation.batching import Asking, spread
 from phi3_mlflow.evaluation.gate import (
     Verdict,
     against_champion,
@@ -29,17 +31,16 @@ from phi3_mlflow.evaluation.gate import (
     trained_verdict,
 )
 from phi3_mlflow.evaluation.junit import junit_xml
-from phi3_mlflow.evaluation.logits import find_model
+from phi3_mlflow.evaluation.logits import find_model, size_of
 from phi3_mlflow.evaluation.measure import (
     kept,
     long_prompts,
     measured,
     measured_checkpoint,
-    size_of,
 )
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.metrics import BASE, FULL
-from phi3_mlflow.evaluation.paired import TIMED
+from phi3_mlflow.evaluation.paired import FEWEST_QUESTIONS, TIMED
 from phi3_mlflow.evaluation.reference import answer_all, answer_alone
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.evaluation.sets import Sets
     from phi3_mlflow.evaluation.settings import EvaluationSettings, GateSettings
-
-
-_ASKED_ALONE = 8  # questions that tell full precision's speed; it says ten tokens per second
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,10 @@ class Evaluator:
 
     def _ask_full(self) -> Measurement:
         asked = self.sets.questions
-        alone = asked[:: max(1, len(asked) // _ASKED_ALONE)][:_ASKED_ALONE]
-        with show_progress("full precision", len(asked) + len(alone), "answered") as bar:
+        alone = spread(asked, TIMED_QUESTIONS)
+        with show_progress("full precision, one at a time", len(alone), "answered") as bar:
             timed = answer_alone(self.reference.path, alone, bar)
+        with show_progress("full precision, many together", len(asked), "answered") as bar:
             answers = answer_all(self.reference.path, asked, bar)
         told = Answers(answers, load_seconds=0.0, peak_memory_bytes=0).metrics()
         metrics = {name: told[name] for name in OF_ANSWERS}
@@ -238,6 +237,13 @@ class Evaluator:
             store=self.store,
         )
 
+    @property
+    def _asking(self) -> Asking:
+        """How versions are asked: more of them alone where the gate compares their times."""
+        compared = not self.gate.off and set(TIMED) & set(self.gate.champion)
+        timed = FEWEST_QUESTIONS if compared else TIMED_QUESTIONS
+        return Asking(self.settings.batch, timed)
+
     def _measure(self, version: registry.VersionName, *, fresh: bool) -> Measurement:
         found, was_there = measured(
             version.uri,
@@ -247,6 +253,7 @@ class Evaluator:
             sets=self.sets,
             window=self.settings.window,
             store=self.store,
+            asking=self._asking,
             fresh=fresh,
         )
         if was_there:

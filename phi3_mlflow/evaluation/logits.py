@@ -74,3 +74,8 @@ def find_model(directory: Path) -> Path:
         if found := sorted(directory.rglob(name), key=lambda file: len(file.parts)):
             return found[0].parent
     raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
+
+
+def size_of(folder: Path) -> float:
+    """Bytes of the files in a folder."""
+    return float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.evaluation.answers import NEEDLE, ask
+from phi3_mlflow.evaluation.answers import NEEDLE
+from phi3_mlflow.evaluation.asking import ask
 from phi3_mlflow.evaluation.baseline import loss_on_task, measure_checkpoint
+from phi3_mlflow.evaluation.batching import Asking
 from phi3_mlflow.evaluation.divergence import Divergence, compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
-from phi3_mlflow.evaluation.logits import find_model
+from phi3_mlflow.evaluation.logits import find_model, size_of
 from phi3_mlflow.evaluation.measurement import Measurement
 from phi3_mlflow.evaluation.needles import build_needle_prompt
 from phi3_mlflow.evaluation.streamed import BATCH_TOKENS, open_logits, streamed, together
@@ -44,6 +46,8 @@ SAMPLE = Question.model_validate(
 )
 """Asked of every version and shown to whoever started the run; it does not count."""
 
+_ASKING = Asking()
+
 
 def measured(
     model_uri: str,
@@ -54,6 +58,7 @@ def measured(
     sets: Sets,
     window: int,
     store: StepCache,
+    asking: Asking = _ASKING,
     fresh: bool = False,
 ) -> tuple[Measurement, bool]:
     """Measure a model, or find what was measured of it.
@@ -66,6 +71,7 @@ def measured(
         sets: what it is measured on.
         window: tokens scored in one piece.
         store: where measurements are kept.
+        asking: one question at a time, or several together.
         fresh: measure even so, for speeds that are to be compared with others of just now.
 
     Returns:
@@ -76,10 +82,13 @@ def measured(
         "reference": reference_digest,
         "sets": sets.digests(),
         "window": window,
+        "asking": asdict(asking),
     }
 
     def make() -> Measurement:
-        return measure(model_uri, reference=reference, sets=sets, window=window, store=store)
+        return measure(
+            model_uri, reference=reference, sets=sets, window=window, store=store, asking=asking
+        )
 
     return kept(parts, make, store, known=bool(content) and not fresh, model_uri=model_uri)
 
@@ -146,6 +155,7 @@ def measure(
     sets: Sets,
     window: int,
     store: StepCache | None = None,
+    asking: Asking = _ASKING,
 ) -> Measurement:
     """Measure a model.
 
@@ -155,13 +165,13 @@ def measure(
         sets: questions, held-out texts and long prompts.
         window: tokens scored in one piece.
         store: where what the reference makes of the texts is kept.
+        asking: one question at a time, or several together.
     """
     model = whole_files(model_uri)
     task = sets.task
     questions = [SAMPLE, *sets.questions, *long_prompts(reference, sets.fitting())]
     questions += task.questions if task else ()
-    with show_progress("questions", len(questions), "answered") as bar:
-        asked = ask(model_uri, questions, bar)
+    asked = ask(model_uri, find_model(model), questions, reference, asking, uncounted=1)
     shown, *counted = asked.answers
     answers = replace(asked, answers=tuple(a for a in counted if a.category != CATEGORY))
     task_answers = tuple(answer for answer in counted if answer.category == CATEGORY)
@@ -180,11 +190,6 @@ def measure(
         task_answers=task_answers,
         task_scores=scores,
     )
-
-
-def size_of(folder: Path) -> float:
-    """Bytes of the files in a folder."""
-    return float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def long_prompts(reference: Path, needles: Sequence[Needle]) -> list[Question]:

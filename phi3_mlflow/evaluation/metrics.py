@@ -118,6 +118,12 @@ METRICS: Mapping[str, Metric] = {
     "latency_p95_s": Metric(
         "time of an answer, slowest 5 %", _seconds, "lower", "95 of 100 are done by then."
     ),
+    "timed_answers": Metric(
+        "answers that tell speed and time",
+        _count,
+        "neither",
+        "Questions that were asked one at a time; the others were answered together.",
+    ),
     "peak_memory_bytes": Metric(
         "peak memory", _megabytes, "lower", "Of a process that does nothing but serve the model."
     ),

@@ -26,7 +26,9 @@ Wanted = Literal["not worse", "better"]
 Than = Literal["champion", "base"]
 
 _SIGNIFICANT = 0.05
-_FEWEST_QUESTIONS = 20  # below these, resampling says nothing worth acting on
+FEWEST_QUESTIONS = 20
+"""Below these, resampling says nothing worth acting on."""
+
 _FEWEST_TEXTS = 6
 
 NAMES: Mapping[Than, str] = {"champion": "champion", "base": "untrained base"}
@@ -172,7 +174,7 @@ def _pairs(
 def _accuracy(answers: Callable[[Measurement], Sequence[Answer]]) -> Callable[..., Paired]:
     def compare(metric: str, found: Measurement, other: Measurement) -> Paired:
         theirs, mine = _pairs(answers(other), answers(found), lambda a: float(a.correct))
-        if len(mine) < _FEWEST_QUESTIONS:
+        if len(mine) < FEWEST_QUESTIONS:
             return None
         only_theirs = sum(t > m for t, m in zip(theirs, mine, strict=True))
         only_mine = sum(m > t for t, m in zip(theirs, mine, strict=True))
@@ -184,7 +186,7 @@ def _accuracy(answers: Callable[[Measurement], Sequence[Answer]]) -> Callable[..
 def _per_answer(value: Callable[[Answer], float | None]) -> Callable[..., Paired]:
     def compare(metric: str, found: Measurement, other: Measurement) -> Paired:
         theirs, mine = _pairs(_questions(other), _questions(found), value)
-        return None if len(mine) < _FEWEST_QUESTIONS else (paired_ratio(theirs, mine), None)
+        return None if len(mine) < FEWEST_QUESTIONS else (paired_ratio(theirs, mine), None)
 
     return compare
 
@@ -222,7 +224,7 @@ def _as_perplexity(
 def _task_loss(metric: str, found: Measurement, other: Measurement) -> Paired:
     before = {score.row_id: score for score in other.task_scores}
     pairs = [(before[s.row_id], s) for s in found.task_scores if s.row_id in before]
-    if len(pairs) < _FEWEST_QUESTIONS:
+    if len(pairs) < FEWEST_QUESTIONS:
         return None
     sums = [one.nll for one, _ in pairs], [two.nll for _, two in pairs]
     return paired_ratio(*sums, [score.tokens for _, score in pairs]), None
@@ -240,8 +242,8 @@ _PAIRED: Mapping[str, Callable[[str, Measurement, Measurement], Paired]] = {
     "perplexity_ratio": _texts(lambda score: score.candidate_nll),
     "kl_mean": _texts(lambda score: score.kl),
     "top1_agreement": _texts(lambda score: float(score.agreements)),
-    "tokens_per_second": _per_answer(lambda a: a.rate),
-    "time_to_first_token_s": _per_answer(lambda a: a.first_seconds),
+    "tokens_per_second": _per_answer(lambda a: a.rate if a.alone else None),
+    "time_to_first_token_s": _per_answer(lambda a: a.first_seconds if a.alone else None),
     "endless_rate": _per_answer(lambda a: float(a.finish_reason == "length")),
     "repetition_rate": _per_answer(lambda a: float(a.repeats)),
 }

@@ -79,7 +79,8 @@ def answer_all(
             model, tokenizer, [prompts[i] for i in group], [questions[i] for i in group]
         )
         answers.update(zip(group, made, strict=True))
-        progress.advance(len(group))
+        share = sum(lengths[index] for index in group) / sum(lengths)
+        progress.advance(len(group), share * len(questions))
     return tuple(answers[index] for index in range(len(questions)))
 
 
@@ -154,6 +155,7 @@ def _together(
             completion_tokens=len(said),
             finish_reason="length" if stop is None else "stop",
             repeats=repeats(text),
+            alone=len(questions) == 1,
         )
         answers.append(judged(answer, question))
     return answers

@@ -66,6 +66,12 @@ class EvaluationSettings(Section):
         "checkpoint, so that its right answers, speed and memory stand beside the version's; it "
         "is loaded as a whole for that. auto: where it takes at most half of the free memory",
     )
+    batch: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        default="auto",
+        description="questions that a version answers together, as far as memory allows; 1: one at "
+        "a time. auto: one at a time, or up to 8 where the model's files have 1 GB or more. A few "
+        "are asked one at a time in any case: they tell speed and memory",
+    )
     judge: JudgeSettings | None = Field(
         default=None, description="a model that judges the answers; default: none"
     )

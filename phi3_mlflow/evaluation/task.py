@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from phi3_mlflow.core.errors import UserError
+from phi3_mlflow.evaluation.answers import TASK
 from phi3_mlflow.evaluation.checks import (
     Check,
     ExactCheck,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-CATEGORY = "task"
+CATEGORY = TASK
 """Of the questions that validation rows become; they are counted apart from the others."""
 
 Kind = Literal["auto", "text", "json"]

@@ -104,6 +104,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             "champion_margins": gate["champion"],
             "trained_margins": gate["trained"],
             "reference_answers": profile.evaluation.reference_answers,
+            "batch": profile.evaluation.batch,
             "task_check": profile.evaluation.task_check,
             "task_rows": profile.evaluation.task_rows,
             "tracking": tracking_identity(),

@@ -19,15 +19,8 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
 from phi3_mlflow.core.endings import ending
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
-from phi3_mlflow.evaluation.answers import (
-    Answers,
-    _answered,
-    _Asked,
-    _died,
-    _load,
-    _refuse,
-    repeats,
-)
+from phi3_mlflow.evaluation.answers import Answers, repeats
+from phi3_mlflow.evaluation.asking import _answered, _Asked, _died, _load, _refuse
 from phi3_mlflow.evaluation.items import Question
 from phi3_mlflow.evaluation.measurement import Measurement
 from tests.evaluation.measurements import answer, measurement
@@ -215,11 +208,11 @@ def test_a_model_that_cannot_be_loaded_is_told_without_its_own_classes(
     class OfTheModel(Exception):
         """Cannot be unpickled where the model is not loaded."""
 
-    def load(model_uri: str) -> None:
+    def load(*given: object) -> None:
         raise OfTheModel("no weights")
 
-    monkeypatch.setattr("phi3_mlflow.evaluation.answers.connect", lambda: "")
-    monkeypatch.setattr("phi3_mlflow.evaluation.answers._Asked", load)
+    monkeypatch.setattr("phi3_mlflow.evaluation.asking.connect", lambda: "")
+    monkeypatch.setattr("phi3_mlflow.evaluation.asking._Asked", load)
     with pytest.raises(EnvironmentProblem) as error:
         _load("models:/m/1")
     kept = pickle.loads(pickle.dumps(error.value))  # noqa: S301

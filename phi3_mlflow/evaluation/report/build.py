@@ -161,6 +161,7 @@ def write_report(
         hardware=hardware(),
         counts={
             "questions": len(sets.questions),
+            **timed_answers(evaluation.measurement.answers),
             "texts": len(sets.texts),
             "tokens": int(evaluation.measurement.metrics["scored_tokens"]),
             "needles": len(sets.fitting()),
@@ -173,6 +174,12 @@ def write_report(
     )
     (out / "report.html").write_text(page, "utf-8")
     return drawn
+
+
+def timed_answers(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many questions were `asked`, and how many of them `timed`: one at a time."""
+    asked = [answer for answer in answers if not answer.category.startswith(NEEDLE)]
+    return {"asked": len(asked), "timed": sum(answer.alone for answer in asked)}
 
 
 def _named(evaluation: Evaluation) -> dict[str, Measurement]:

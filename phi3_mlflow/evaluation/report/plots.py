@@ -177,11 +177,11 @@ def categories(named: Mapping[str, Sequence[Answer]]) -> Figure:
 
 
 def latency(named: Mapping[str, Sequence[Answer]]) -> Figure:
-    """How many answers have begun, and are done, after how long."""
+    """How many answers have begun, and are done, after how long: those asked one at a time."""
     figure, (left, right) = _figure(9.2, 2.9, 2)
     for row, (who, answers) in enumerate(named.items()):
         colour = VERSION if row == 0 else CHAMPION
-        asked = [a for a in answers if not a.category.startswith(NEEDLE)]
+        asked = [a for a in answers if a.alone and not a.category.startswith(NEEDLE)]
         first = [a.first_seconds for a in asked if a.first_seconds is not None]
         for axes, values in ((left, first), (right, [a.seconds for a in asked])):
             if values:
