@@ -80,7 +80,7 @@ class PrefixCache:
         """Keep a session that has computed the whole prompt `tokens`, within the budget."""
         useful = bool(tokens) and session.reusable
         session.rest(len(tokens) if useful and self._budget else 0)
-        if not useful or self._bytes(session) > self._budget:
+        if not useful or not self._budget or self._bytes(session) > self._budget:
             return
         with self._guard:
             self._kept.append(_Kept(session, np.asarray(tokens, dtype=np.int64)))

@@ -202,8 +202,9 @@ def test_a_second_turn_computes_only_what_is_new_and_says_the_same(
 
 def test_nothing_is_kept_without_a_budget(engine: BatchEngine) -> None:
     model = _model(engine, prefix_cache_mb=0)
-    model.predict(None, _ask("a" * 300, 4))
+    first = model.predict(None, _ask("a" * 300, 4))
     assert model.live().kept_bytes() == 0
+    assert _text(model.predict(None, _ask("a" * 300, 4))) == _text(first), "nothing to go on with"
 
 
 def test_a_long_request_makes_room_while_others_are_answered(checkpoint: Path) -> None:
