@@ -4,7 +4,8 @@ A checkpoint is run layer by layer over all texts at once. What is kept for each
 the state that the head sees, in float32: its product with the head is the place's logits, all of
 them, so that nothing is lost and little is stored (Phi-3-mini: 12 kB a place instead of 128 kB).
 The states lie in the step cache by the content of the checkpoint, the texts' token ids and the
-code, so that of a reference they are computed once, whatever is compared with it.
+code, so that of a reference they are computed once, whatever is compared with it. A run that is
+killed goes on after the last layer whose states were kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from phi3_mlflow.artifacts.cache import StepCache, key_of
 from phi3_mlflow.artifacts.code_keys import closure, library_versions
 from phi3_mlflow.artifacts.manifests import sha256_of_file
+from phi3_mlflow.artifacts.unfinished import drop_kept_folder, kept_folder
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.progress import show_progress
@@ -26,6 +28,7 @@ from phi3_mlflow.evaluation.logits import ONNX_CONFIG, OnnxLogits
 from phi3_mlflow.layers import head
 from phi3_mlflow.layers.decoder import Decoder, arithmetic
 from phi3_mlflow.layers.forward import final_states, work
+from phi3_mlflow.layers.kept import KeptStates
 from phi3_mlflow.layers.states import States
 
 if TYPE_CHECKING:
@@ -130,11 +133,15 @@ def streamed(
         entry = store.find(STEP, key)
         if entry is None:
             origin = {"parts": parts, "time": time.time()}
-            with store.building(STEP, key, origin) as out:
-                states = _run(decoder, pieces, dtype, out)
+            with (
+                kept_folder(store, STEP, key) as unfinished,
+                store.building(STEP, key, origin) as out,
+            ):
+                states = _run(decoder, pieces, dtype, out, unfinished)
                 with (out / _FILE).open("wb") as stream:
                     states.save(stream)
                 del states
+            drop_kept_folder(store, STEP, key)
             entry = store.find(STEP, key)
         else:
             console.say("  full precision: computed before on the same texts")
@@ -146,16 +153,41 @@ def streamed(
 
 
 def _run(
-    decoder: Decoder, pieces: Sequence[Array], dtype: torch.dtype, folder: Path | None
+    decoder: Decoder,
+    pieces: Sequence[Array],
+    dtype: torch.dtype,
+    folder: Path | None,
+    unfinished: Path | None = None,
 ) -> States:
+    """Compute the states.
+
+    Args:
+        decoder: the checkpoint.
+        pieces: token ids of the texts, int32 (S,) each.
+        dtype: what matrices are multiplied in.
+        folder: for states that are too many for memory.
+        unfinished: where they are kept on the way; a run that was killed goes on from there.
+    """
     ids = [torch.from_numpy(piece).to(torch.int64) for piece in pieces]
     places = sum(map(len, ids))
     console.say(
         f"  full precision: {decoder.layers} layers over {places:,} tokens, computed in "
         f"{str(dtype).removeprefix('torch.')}"
     )
-    with show_progress("full precision", work(decoder, places), "share") as meter:
-        return final_states(decoder, ids, meter, dtype=dtype, folder=folder)
+    kept = KeptStates(unfinished, decoder.hidden, places) if unfinished else None
+    begun = kept.find() if kept else None
+    done = begun[0] if begun else 0
+    name = f"full precision, from layer {done} on" if done else "full precision"
+    with show_progress(name, work(decoder, places, done), "share") as meter:
+        return final_states(
+            decoder,
+            ids,
+            meter,
+            dtype=dtype,
+            folder=folder,
+            border=kept.save if kept else None,
+            begun=begun,
+        )
 
 
 def _parts(

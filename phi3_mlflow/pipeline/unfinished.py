@@ -1,16 +1,12 @@
-"""What a long step keeps of its work until its output is there, so that a kill costs little.
-
-It lies among the downloads of the step cache, under the key of the output: `cache -P do=prune`
-leaves it alone while somebody is at it, and counts and removes it like any other later.
-"""
+"""What a long step keeps of its work until its output is there; see `artifacts.unfinished`."""
 
 from __future__ import annotations
 
-import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.artifacts.unfinished import drop_kept_folder, kept_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,20 +19,10 @@ if TYPE_CHECKING:
 @contextmanager
 def kept_work(step: Step[Any, Any], work: Work[Any]) -> Iterator[Path]:
     """The folder for what is finished of a step's work; nobody else is at it meanwhile."""
-    from filelock import FileLock
-
-    folder = _folder(work.cache, step, work.key)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with kept_folder(work.cache, step.name, work.key) as folder:
         yield folder
 
 
 def drop_kept_work(step: Step[Any, Any], entry: Entry) -> None:
     """Remove what was kept of the work on an output that is there."""
-    folder = _folder(StepCache(), step, entry.key)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
-
-
-def _folder(cache: StepCache, step: Step[Any, Any], key: str) -> Path:
-    return cache.downloads / f"{step.name}-{key}"
+    drop_kept_folder(StepCache(), step.name, entry.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from phi3_mlflow.artifacts.cache import StepCache
+from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import streamed as module
 from phi3_mlflow.evaluation.divergence import compare, cut, tokenize
@@ -18,6 +20,7 @@ from phi3_mlflow.evaluation.logits import OnnxLogits
 from phi3_mlflow.evaluation.measure import diverge
 from phi3_mlflow.evaluation.streamed import STEP, streamed
 from phi3_mlflow.genai.export import export_onnx
+from phi3_mlflow.layers import forward, kept, states
 from tests.fixtures.tiny_phi3 import make_tiny
 
 TEXTS = [
@@ -111,6 +114,114 @@ def test_what_is_kept_and_damaged_is_computed_again(checkpoint: Path, tmp_path: 
         stream.write(b"\0" * 64)
     with streamed(checkpoint, pieces, store) as source:
         np.testing.assert_array_equal(source.logits(pieces)[0], first)
+
+
+class Killed(BaseException):
+    """What a test ends a run with."""
+
+
+PIECES = [np.arange(3, 30, dtype=np.int32), np.arange(40, 45, dtype=np.int32)]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("deep"), num_hidden_layers=5)
+
+
+def killed_in(layer: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """The next run is killed in this layer; the list says which ones it has begun."""
+    begun: list[int] = []
+    attention = forward._attention
+
+    def until(here: Any, *more: Any) -> None:
+        begun.append(int(next(iter(here._names.values())).split(".")[2]))
+        if begun[-1] == layer:
+            raise Killed
+        attention(here, *more)
+
+    patch.setattr(forward, "_attention", until)
+    return begun
+
+
+def states_of(checkpoint: Path, store: StepCache) -> bytes:
+    with streamed(checkpoint, PIECES, store):
+        (entry,) = store.entries()
+        return (entry.path / "states.f32").read_bytes()
+
+
+@pytest.mark.parametrize("most", [2**29, 0])
+def test_a_killed_run_goes_on_after_its_last_layer_to_the_same_bytes(
+    most: int, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    expected = states_of(deep, StepCache(tmp_path / "undisturbed"))
+    monkeypatch.setattr(kept, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(states.States.__init__, "__kwdefaults__", {"folder": None, "most": most})
+    store = StepCache(tmp_path / "killed")
+    for layer, first in ((0, 0), (2, 0), (3, 2), (3, 3)):
+        with monkeypatch.context() as patch:
+            begun = killed_in(layer, patch)
+            with pytest.raises(Killed):
+                states_of(deep, store)
+        assert begun == list(range(first, layer + 1))
+    (left,) = store.downloads.glob("*/*")
+    assert left.name.startswith("states-3-")
+    console.set_quiet(False)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        begun = killed_in(99, patch)
+        assert states_of(deep, store) == expected
+    assert begun == [3, 4]
+    assert "full precision, from layer 3 on: 100 %" in capsys.readouterr().err
+    assert not list(store.downloads.iterdir()), "nothing is kept of what is done"
+
+
+@pytest.mark.parametrize("harm", ["shorter", "other", "unnamed"])
+def test_what_was_kept_and_is_not_whole_is_not_gone_on_with(
+    harm: str, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = states_of(deep, StepCache(tmp_path / "undisturbed"))
+    monkeypatch.setattr(kept, "SAVE_EVERY_S", 0.0)
+    store = StepCache(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        killed_in(3, patch)
+        with pytest.raises(Killed):
+            states_of(deep, store)
+    (left,) = store.downloads.glob("*/*")
+    if harm == "unnamed":
+        left.rename(left.with_name("begun.f32"))
+    else:
+        content = left.read_bytes()
+        left.write_bytes(content[:-4] if harm == "shorter" else bytes(4) + content[4:])
+    with monkeypatch.context() as patch:
+        begun = killed_in(99, patch)
+        assert states_of(deep, store) == expected
+    assert begun == [0, 1, 2, 3, 4]
+
+
+def test_no_room_for_what_is_kept_is_no_reason_to_end(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SAVE_EVERY_S", 0.0)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    some = kept.KeptStates(folder, 3, 2)
+    matrix = states.States(2, 3)
+    matrix.write(0, torch.ones(2, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.os, "fsync", full)
+        some.save(1, matrix)
+    assert not list(folder.iterdir())
+    some.save(0, matrix)
+    assert not list(folder.iterdir()), "no layer is done yet"
+    some.save(2, matrix)
+    found = some.find()
+    assert found is not None
+    assert (found[0], found[1].read(0, 2).tolist()) == (2, [[1.0] * 3] * 2)
 
 
 def test_texts_that_are_too_short_are_refused(checkpoint: Path) -> None:
