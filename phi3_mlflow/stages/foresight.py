@@ -7,25 +7,22 @@ profile took is more to be trusted, and a dry run shows it as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from phi3_mlflow.checkpoints.configuration import (
-    ARCHITECTURE,
-    expected_shapes,
-    head_size,
-    key_value_heads,
-)
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.core.machine import available_memory, free_disk
 from phi3_mlflow.core.rates import Rates, measure_rates
+from phi3_mlflow.evaluation.batching import Asking, is_large, most_together
 from phi3_mlflow.layers.room import IN_MEMORY
 from phi3_mlflow.quantization.effort import NEAREST, SEARCHED, head_effort, layer_effort
 from phi3_mlflow.quantization.plan import LinearPlan, make_plan
 from phi3_mlflow.quantization.preflight import LIBRARIES, Needs, needs_of
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings, RtnSettings
 from phi3_mlflow.stages.evaluate import load_sets
+from phi3_mlflow.stages.foreseen import Foreseen, Model
+from phi3_mlflow.stages.foreseen_training import training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,77 +37,6 @@ _LETTERS_PER_TOKEN = 4
 _LOGITS = 2 << 28  # bytes of both models' logits that are compared at once
 _ANSWERED = 0.5  # share of the tokens that an answer may have, on the average
 _MILLION = 1e6
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """What a step needs.
-
-    Attributes:
-        memory: bytes, resident at its highest point.
-        disk: bytes, of what it leaves and of what it needs meanwhile.
-        download: bytes.
-        seconds: of work; None where that depends on the network.
-    """
-
-    memory: int = 0
-    disk: int = 0
-    download: int = 0
-    seconds: float | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            f"{size / 1e9:.1f} GB of {what}"
-            for size, what in (
-                (self.memory, "memory"), (self.disk, "disk"), (self.download, "download"),
-            )
-            if size >= 5e7
-        ]  # fmt: skip
-        if self.seconds is not None:
-            parts.append(roughly(self.seconds))
-        return ", ".join(parts)
-
-
-def roughly(seconds: float) -> str:
-    """A time as one says it that is not known exactly."""
-    if seconds < 90:
-        return f"some {max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"some {round(seconds / 60)} min"
-    return f"some {seconds / 3600:.1f} h"
-
-
-class Model:
-    """The sizes of a model in Phi-3's architecture.
-
-    Args:
-        config: its config.json, or as much of it as says its sizes.
-        dtype: of its weights, by safetensors' name.
-    """
-
-    def __init__(self, config: Mapping[str, Any], dtype: str) -> None:
-        # How far a model looks back is no size of it, and a plan is made for some length only.
-        self.config = {"architectures": [ARCHITECTURE], "max_position_embeddings": 4096, **config}
-        shapes, optional = expected_shapes(self.config)
-        shapes = {name: shape for name, shape in shapes.items() if name not in optional}
-        self.reader = CheckpointReader.imagined(shapes, dtype)
-        self.nbytes = sum(self.reader.entry(name).nbytes for name in self.reader)
-        layer = [name for name in shapes if name.startswith("model.layers.0.")]
-        self.attention: int = sum(_count(shapes[name]) for name in layer if "_attn." in name)
-        self.mlp: int = sum(_count(shapes[name]) for name in layer if ".mlp." in name)
-        self.layers: int = config["num_hidden_layers"]
-        self.hidden: int = config["hidden_size"]
-        self.head: int = self.hidden * config["vocab_size"]
-
-    @property
-    def products(self) -> int:
-        """Multiplications for one token."""
-        return self.layers * (self.attention + self.mlp) + self.head
-
-    @property
-    def cached(self) -> int:
-        """Bytes of keys and values for one token, in float32."""
-        return 8 * self.layers * key_value_heads(self.config) * head_size(self.config)
 
 
 def known_model(request: Request, cache: StepCache) -> Model | None:
@@ -137,6 +63,8 @@ def foresee(profile: Profile, model: Model, rates: Rates) -> dict[str, Foreseen]
         UserError: the profile's quantization does not fit the model.
     """
     found = {"fetch": Foreseen(disk=model.nbytes, download=_download(profile, model))}
+    if profile.train is not None:
+        found["train"] = training(profile.train, model, rates)
     onnx = model.nbytes if profile.makes_onnx else 0
     if profile.quantizes:
         tried = profile.search.candidates.values() if profile.search.on else [profile.quantization]
@@ -162,6 +90,9 @@ def foresee(profile: Profile, model: Model, rates: Rates) -> dict[str, Foreseen]
     logged = onnx + (model.nbytes if profile.flavor != "onnx" else 0)
     found["log"] = Foreseen(LIBRARIES, logged, seconds=2 * logged / rates.disk)
     found["evaluate"] = _evaluated(profile, model, onnx or 2 * model.nbytes, rates)
+    if profile.train is not None:  # the base before training is asked as a whole, in float32
+        whole = LIBRARIES + 4 * model.weights
+        found["evaluate"] = replace(found["evaluate"], memory=max(found["evaluate"].memory, whole))
     return found
 
 
@@ -215,10 +146,6 @@ def foreseen_for(request: Request, cache: StepCache, steps: Iterable[str]) -> di
     except (UserError, CheckpointRefused):  # the step itself says it, with the checkpoint's name
         return {}
     return {step: found[step] for step in steps if step in found}
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
 def _same_source(origin: Mapping[str, Any], profile: Profile) -> bool:
@@ -283,7 +210,12 @@ def _evaluated(profile: Profile, model: Model, candidate: int, rates: Rates) -> 
     asked += sum(needle.target_tokens for needle in sets.fitting())
     longest = max([512, *(needle.target_tokens for needle in sets.fitting())])
     kept = longest * model.cached // (4 if profile.runtime.kv_cache == "int8" else 1)
-    speaking = answers * candidate / rates.memory + asked * model.products / rates.products
+    token = candidate / rates.memory
+    asking = Asking(profile.evaluation.batch)
+    if profile.makes_onnx and is_large(asking, candidate):
+        # The weights are read once for several answers, and computed for each.
+        token = max(token / most_together(asking), model.products / rates.products)
+    speaking = answers * token + asked * model.products / rates.products
     return replace(
         compared,
         memory=max(compared.memory, LIBRARIES + candidate + kept),

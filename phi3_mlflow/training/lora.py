@@ -7,6 +7,7 @@ is right trains less than was meant, without a word. Here every name has to matc
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.checkpoints.reader import CheckpointReader
@@ -14,14 +15,21 @@ from phi3_mlflow.core.errors import EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.core.machine import free_disk
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from peft import LoraConfig
 
     from phi3_mlflow.training.settings import TrainSettings
 
 _ROOM_TO_SPARE = 64 << 20  # bytes
 _IN_A_LAYER = re.compile(r"model\.layers\.\d+\.(?P<module>.+)\.weight")
+
+
+Headers = Path | CheckpointReader
+"""A checkpoint of which only the headers are read: its folder, or its reader."""
+
+
+def reader_of(checkpoint: Headers) -> CheckpointReader:
+    """The reader of a checkpoint."""
+    return CheckpointReader(checkpoint) if isinstance(checkpoint, Path) else checkpoint
 
 
 def adapted_tensors(reader: CheckpointReader, targets: tuple[str, ...]) -> list[str]:
@@ -70,6 +78,20 @@ def lora_config(settings: TrainSettings) -> LoraConfig:
     )
 
 
+def room_for(checkpoint: Headers, settings: TrainSettings) -> int:
+    """Bytes of disk that training takes for its checkpoints and the merged model.
+
+    Raises:
+        UserError: target modules that the model does not have.
+    """
+    reader = reader_of(checkpoint)
+    adapted = adapted_tensors(reader, settings.target_modules)
+    adapter = 4 * settings.lora_r * sum(sum(reader.shape(name)) for name in adapted)
+    merged = sum(reader.entry(name).nbytes for name in reader)
+    # Two checkpoints and the one being written, each with two moments of every weight.
+    return 3 * 3 * adapter + merged + _ROOM_TO_SPARE
+
+
 def require_room(checkpoint: Path, settings: TrainSettings, place: Path) -> None:
     """Refuse to start where the disk has no room for the checkpoints and the merged model.
 
@@ -82,12 +104,7 @@ def require_room(checkpoint: Path, settings: TrainSettings, place: Path) -> None
         EnvironmentProblem: there is too little; says how much is needed.
         UserError: target modules that the model does not have.
     """
-    reader = CheckpointReader(checkpoint)
-    adapted = adapted_tensors(reader, settings.target_modules)
-    adapter = 4 * settings.lora_r * sum(sum(reader.shape(name)) for name in adapted)
-    merged = sum(reader.entry(name).nbytes for name in reader)
-    # Two checkpoints and the one being written, each with two moments of every weight.
-    needed = 3 * 3 * adapter + merged + _ROOM_TO_SPARE
+    needed = room_for(checkpoint, settings)
     if (free := free_disk(place)) < needed:
         raise EnvironmentProblem(
             f"training needs {needed / 1e9:.2f} GB of disk for its checkpoints and the merged "

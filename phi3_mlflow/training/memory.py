@@ -17,11 +17,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.layers.room import IN_MEMORY, PASS_TOKENS
-from phi3_mlflow.training.lora import adapted_tensors
+from phi3_mlflow.training.lora import Headers, adapted_tensors, reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +58,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    checkpoint: Path, settings: TrainSettings, longest: int, *, layers: int | None = None
+    checkpoint: Headers, settings: TrainSettings, longest: int, *, layers: int | None = None
 ) -> TrainingMemory:
     """Estimate what a training run takes.
 
@@ -81,7 +80,7 @@ def training_memory(
 
 
 def streamed_memory(
-    checkpoint: Path, settings: TrainSettings, longest: int, *, layers: int | None = None
+    checkpoint: Headers, settings: TrainSettings, longest: int, *, layers: int | None = None
 ) -> TrainingMemory:
     """Estimate what a training run takes that reads the model layer by layer.
 
@@ -127,8 +126,8 @@ class _Sizes:
     pairs: float
 
     @classmethod
-    def of(cls, checkpoint: Path, settings: TrainSettings) -> _Sizes:
-        reader = CheckpointReader(checkpoint)
+    def of(cls, checkpoint: Headers, settings: TrainSettings) -> _Sizes:
+        reader = reader_of(checkpoint)
         shapes = {name: reader.shape(name) for name in reader}
         inner = {name: shape for name, shape in shapes.items() if _LAYER.match(name)}
         layers = len({found[1] for name in inner if (found := _LAYER.match(name))})
@@ -161,7 +160,7 @@ class _Sizes:
 
 
 def engine_for(
-    checkpoint: Path,
+    checkpoint: Headers,
     settings: TrainSettings,
     longest: Callable[[], int],
     machine: int | None,

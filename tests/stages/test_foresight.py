@@ -16,15 +16,10 @@ from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.rates import Rates, measure_rates
 from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.quantization.preflight import needs
-from phi3_mlflow.stages import fetch, foresight, main
-from phi3_mlflow.stages.foresight import (
-    Foreseen,
-    Model,
-    foresee,
-    known_model,
-    refuse_what_does_not_fit,
-    roughly,
-)
+from phi3_mlflow.stages import fetch, foreseen_training, foresight, main
+from phi3_mlflow.stages.foreseen import Foreseen, Model, roughly
+from phi3_mlflow.stages.foresight import foresee, known_model, refuse_what_does_not_fit
+from phi3_mlflow.training.memory import training_memory
 from tests.conftest import Workspace
 from tests.fixtures.tiny_line import write_profile
 from tests.fixtures.tiny_phi3 import make_tiny
@@ -50,8 +45,10 @@ def test_the_profiles_state_the_published_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", profile_names())
 def test_every_step_that_works_has_a_forecast(name: str) -> None:
-    foreseen = foresee(load_profile(name), model_of(name), QUIET)
-    assert list(foreseen) == ["fetch", "quantize", "export", "log", "evaluate"]
+    profile = load_profile(name)
+    foreseen = foresee(profile, model_of(name), QUIET)
+    trains = ["train"] if profile.train else []
+    assert list(foreseen) == ["fetch", *trains, "quantize", "export", "log", "evaluate"]
     for step, needed in foreseen.items():
         assert needed.disk > 0
         assert (needed.seconds is None) == (step == "fetch")
@@ -67,6 +64,81 @@ def test_phi_3_mini_as_it_was_measured() -> None:
         assert foreseen[step].memory > peak * 1e9
         assert foreseen[step].disk == pytest.approx(size * 1e9, rel=0.05)
         assert foreseen[step].seconds == pytest.approx(seconds, rel=1)
+
+
+def rows_in(folder: Path, count: int, letters: int) -> Path:
+    """Rows to train on, of so many letters each."""
+    file = folder / "rows.jsonl"
+    rows = [{"prompt": f"{n:06}" + "a" * (letters - 7), "completion": "b"} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_training_as_it_was_measured(tmp_path: Path) -> None:
+    changes = {"train.data": str(rows_in(tmp_path, 800, 160)), "train.validation_share": 0}
+    profile = load_profile("smollm2-135m-tickets", {**changes, "train.rehearsal": None})
+    assert profile.train is not None
+    model = model_of("smollm2-135m-tickets")
+    found = foresee(profile, model, QUIET)["train"]
+    rows = foreseen_training.rows_here(profile.train)
+    assert rows == foreseen_training.Rows(count=800, tokens=800 * 56, longest=56, validation=0)
+    assert found.memory == training_memory(model.reader, profile.train, 56).total
+    assert found.disk > model.nbytes
+    # 300 steps of 8 rows with some 55 tokens: 3.5 to 4 s each.
+    assert found.seconds == pytest.approx(300 * 3.75, rel=0.5)
+    rehearsed = foresee(load_profile("smollm2-135m-tickets", changes), model, QUIET)["train"]
+    assert (rehearsed.seconds or 0) > 1.5 * (found.seconds or 0)
+
+
+def test_rows_that_are_elsewhere_tell_the_least(tmp_path: Path) -> None:
+    here = load_profile("phi-3-mini-4k", {"train.data": str(rows_in(tmp_path, 20, 2000))})
+    there = load_profile("phi-3-mini-4k", {"train.data": "s3://bucket/rows.jsonl"})
+    model = model_of("phi-3-mini-4k")
+    known, unknown = (foresee(one, model, QUIET)["train"] for one in (here, there))
+    assert unknown.seconds is None
+    assert known.seconds is not None
+    assert unknown.memory <= known.memory
+    assert unknown.disk == known.disk
+
+
+@pytest.mark.parametrize(("machine", "engine"), [(64, "memory"), (16, "streamed")])
+def test_the_engine_that_will_train_is_the_one_foreseen(
+    machine: int, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreseen_training, "whole_memory", lambda: machine * 10**9)
+    monkeypatch.setattr(foreseen_training, "has_gpu", lambda: False)
+    profile = load_profile("phi-3-mini-4k", {"train.data": str(rows_in(tmp_path, 20, 2000))})
+    needed = foresee(profile, model_of("phi-3-mini-4k"), QUIET)["train"]
+    assert (needed.memory < 4e9) == (engine == "streamed")
+    assert needed.disk > 7_642_159_104, "the merged checkpoint"
+    monkeypatch.setattr(foreseen_training, "has_gpu", lambda: True)
+    on_gpu = foresee(profile, model_of("phi-3-mini-4k"), QUIET)["train"]
+    assert (on_gpu.memory, on_gpu.seconds) == (0, None), "nothing is known of it"
+
+
+def test_large_models_answer_together_and_sooner() -> None:
+    name = "phi-3-mini-4k"
+    alone = load_profile(name, {"evaluation.batch": 1})
+    times = [
+        foresee(p, model_of(name), QUIET)["evaluate"].seconds for p in (load_profile(name), alone)
+    ]
+    assert (times[0] or 0) < 0.9 * (times[1] or 0)
+
+
+def test_main_refuses_to_train_before_the_download(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "available_memory", lambda: 7 * 10**9)
+    monkeypatch.setattr(foreseen_training, "has_gpu", lambda: False)
+    monkeypatch.setattr(fetch.Fetch, "work", lambda *given: pytest.fail("it was fetched"))
+    rows = rows_in(workspace.folder, 20, 2000)
+    file = workspace.folder / "mine.yaml"
+    text = Path("configs/phi-3-mini-4k.yaml").read_text()
+    assert "\ntrain:" in text
+    file.write_text(text.replace("\ntrain:", f"\ntrain:\n  data: {rows}\n  engine: memory"))
+    request = read_request(main.COMMAND.parameters, {"profile": str(file)})
+    with pytest.raises(EnvironmentProblem, match=r"train needs 1.* GB of memory, 7\.0 GB are"):
+        main.COMMAND.run(request)
 
 
 def test_a_search_costs_every_candidate() -> None:
