@@ -234,7 +234,7 @@ def test_those_asked_alone_have_a_process_of_their_own(
     assert found.peak_memory_bytes > 5e7
     assert found.load_seconds > 0
     beyond = question("beyond", "a b " * 2000, max_tokens=4096, category="task")
-    with pytest.raises(UserError, match="refuses 1 of the questions(.|\n)*question beyond"):
+    with pytest.raises(UserError, match="question beyond: "):
         asked(logged, checkpoint, Asking(4, 3), [question("sample"), *QUESTIONS, beyond])
 
 
@@ -242,7 +242,7 @@ def test_a_question_that_is_refused_ends_it_by_name(
     logged: Path, checkpoint: Path, here: list[str]
 ) -> None:
     some = [*QUESTIONS, question("beyond", "a b " * 2000, max_tokens=4096, category="task")]
-    with pytest.raises(UserError, match="refuses 1 of the questions(.|\n)*question beyond"):
+    with pytest.raises(UserError, match="question beyond: "):
         asked(logged, checkpoint, Asking(batch=4, timed=3), [question("sample"), *some])
 
 
