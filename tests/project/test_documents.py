@@ -108,3 +108,20 @@ def test_every_example_says_where_its_environment_comes_from(name):
 def test_a_forgotten_environment_would_be_found():
     text = "mlflow run . -e a \\\n  --env-manager uv\n    mlflow run . -P b=c\n`mlflow run .`\n"
     assert [command.split()[2:4] for command in examples(text)] == [[".", "-e"], [".", "-P"]]
+
+
+SET = re.compile(r"(?ms)^```(csv|json)\n((?:prompt,answer|\{\"id\").*?)^```$")
+
+
+@pytest.mark.parametrize("name", ["docs/tutorials.md", "docs/evaluation.md"])
+def test_the_questions_that_are_shown_can_be_asked(name, tmp_path):
+    from phi3_mlflow.evaluation.datasets import load_questions
+
+    found = SET.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert {kind for kind, _ in found} == {"csv", "json"}
+    for number, (kind, text) in enumerate(found):
+        file = tmp_path / f"{number}.{'csv' if kind == 'csv' else 'jsonl'}"
+        # A single row may be laid out over several lines, to be read.
+        rows = text if kind == "csv" or text.count('"id"') > 1 else text.replace("\n", " ") + "\n"
+        file.write_text(rows, encoding="utf-8")
+        assert load_questions(file)

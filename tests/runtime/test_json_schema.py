@@ -26,6 +26,13 @@ def nested(depth: int, **more: Any) -> dict[str, Any]:
     return schema
 
 
+def keyed(key: Any, count: int) -> dict[str, Any]:
+    """As many alternatives, told apart by what a key holds."""
+    name = f"k{key}"
+    return {"anyOf": [{"properties": {name: {"const": i}}, "required": [name]}
+                      for i in range(count)]}  # fmt: skip
+
+
 def entangled(count: int, how: str, end: Any = True) -> dict[str, Any]:
     """Definitions of which each needs the next one twice: 2 to the power of `count` ways."""
     defs: dict[str, Any] = {f"d{count}": end}
@@ -65,6 +72,19 @@ def entangled(count: int, how: str, end: Any = True) -> dict[str, Any]:
         ({"properties": {f"p{i}": {"type": "null"} for i in range(3000)}}, "characters"),
         ({"anyOf": [{}] * 3000}, "more than 2000 parts"),
         ({"description": "x" * 100_000}, "at most 64000"),
+        ({"type": "integer", "multipleOf": 999_983}, "multipleOf takes 999983 states"),
+        ({"allOf": [{"multipleOf": 97}, {"multipleOf": 89}]}, "multipleOf takes 8633 states"),
+        ({"properties": {f"p{i}": {"multipleOf": 997} for i in range(9)}}, "multipleOf takes"),
+        ({"type": "string", "pattern": "^((ab){9999}){9999}$"}, "match 2e+08 characters"),
+        ({"type": "string", "pattern": r"^(\(|[)]{90}){9999}$"}, "characters"),
+        ({"properties": {f"p{i}": {"pattern": "(ab){9000}"} for i in range(2)}}, "characters"),
+        ({"allOf": [keyed(key, 5) for key in range(5)]}, "allOf combines more than 128"),
+        ({"$defs": {"a": keyed(0, 20)}, "$ref": "#/$defs/a", **keyed(1, 20)}, "allOf combines"),
+        ({"allOf": [{"properties": {"a": {"items": keyed(key, 12)}}} for key in "bc"]},
+         "allOf combines"),
+        ({"properties": {f"p{i}": {"allOf": [keyed(0, 4), keyed(1, 4)]} for i in range(20)}},
+         "allOf combines"),
+        ({"allOf": [{"pattern": f"a{i}"} for i in range(5)]}, "allOf combines 5 patterns"),
         (entangled(60, "required"), "the shortest answer"),
         (entangled(60, "anyOf", end={"$ref": "#/$defs/d0"}), "too entangled"),
     ],
@@ -85,6 +105,13 @@ def test_what_no_answer_can_hold_is_refused_at_once(schema: dict[str, Any], prob
             "required": ["children"]}}, "$ref": "#/$defs/tree"},
         {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/x"}], "$defs": {"x": {"$ref": "#"}}},
         {"type": "array", "prefixItems": [{"const": 1}, False], "minItems": 1},
+        {"type": "number", "multipleOf": 0.01, "minimum": 0, "allOf": [{"multipleOf": 5}]},
+        {"type": "integer", "multipleOf": 1_000_000},
+        {"properties": {f"p{i}": {"pattern": "^[A-Z]{2}[0-9]{10,30}$"} for i in range(50)}},
+        {"allOf": [{"properties": {"a": {"anyOf": [{"type": "null"}, {"type": "string"}]}}},
+                   {"properties": {"b": {"anyOf": [{"type": "null"}, {"type": "integer"}]}}}]},
+        {"properties": {f"p{i}": {"anyOf": [{"type": "null"}, {"type": "string"}]}
+                        for i in range(99)}},
     ],
 )  # fmt: skip
 def test_sound_schemas_stay_as_they_are_but_for_the_blanks(schema: dict[str, Any]) -> None:
