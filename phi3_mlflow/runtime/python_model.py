@@ -10,6 +10,7 @@ from . import request
 from .answer import AnswerBuilder, Choice
 from .answerer import Answerer, PreparedRequest
 from .engines import load_engine
+from .files import require_files
 from .live import Live
 from .model_config import ModelConfig
 from .request import GenerationRequest, RequestError, SamplingDefaults
@@ -30,7 +31,12 @@ class ChatPythonModel(PythonModel):
         self.answerer: Answerer | None = None
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the engine for the artifact that the model was logged with."""
+        """Load the engine for the artifact that the model was logged with.
+
+        Raises:
+            MlflowException: a file is missing or cut off.
+        """
+        require_files()
         config = ModelConfig.read(context.model_config)
         engine = load_engine(context.artifacts, config.engine)
         self.answerer = Answerer(engine, config)

@@ -373,6 +373,28 @@ def test_logging_onnx_writes_the_model_once(onnx_dir: Path, tmp_path: Path) -> N
     assert int(wchar) < 1.1 * size
 
 
+@pytest.mark.parametrize("flavor", ["onnx", "transformers"])
+def test_a_file_that_is_gone_or_cut_off_is_named_by_whoever_loads(
+    flavor: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    info = request.getfixturevalue(f"{flavor}_info")
+    copy = tmp_path / "model"
+    shutil.copytree(mlflow.artifacts.download_artifacts(info.model_uri), copy)
+    mlflow.pyfunc.load_model(str(copy))
+    weights = max((path for path in copy.rglob("*") if path.is_file()), key=_bytes_of)
+    name = weights.relative_to(copy).as_posix()
+    os.truncate(weights, 10)
+    with pytest.raises(MlflowException, match=f"{name} has 10 bytes"):
+        mlflow.pyfunc.load_model(str(copy))
+    weights.unlink()
+    with pytest.raises(MlflowException, match=f"{name} is missing"):
+        mlflow.pyfunc.load_model(str(copy))
+
+
+def _bytes_of(file: Path) -> int:
+    return file.stat().st_size
+
+
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no genai_config\.json"):
         log_onnx(tmp_path, name="x")
