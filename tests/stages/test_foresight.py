@@ -133,7 +133,7 @@ def test_main_refuses_to_train_before_the_download(
     monkeypatch.setattr(fetch.Fetch, "work", lambda *given: pytest.fail("it was fetched"))
     rows = rows_in(workspace.folder, 20, 2000)
     file = workspace.folder / "mine.yaml"
-    text = Path("configs/phi-3-mini-4k.yaml").read_text()
+    text = (Path(__file__).parents[2] / "configs" / "phi-3-mini-4k.yaml").read_text()
     assert "\ntrain:" in text
     file.write_text(text.replace("\ntrain:", f"\ntrain:\n  data: {rows}\n  engine: memory"))
     request = read_request(main.COMMAND.parameters, {"profile": str(file)})
