@@ -171,7 +171,7 @@ def test_answers_in_one_piece_tell_a_pace_too() -> None:
 def logged(onnx_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logged") / "model"
     config = bundle.checked_config({"threads": 1, "model_name": "tiny"})
-    _OnnxFlavor.save_model(
+    _OnnxFlavor().save_model(
         str(folder), Model(), onnx_dir, "chat", config, None, None, False,
         pip_requirements=["mlflow"],
     )  # fmt: skip
