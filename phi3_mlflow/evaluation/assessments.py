@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
+from phi3_mlflow.core.progress import show_progress
 from phi3_mlflow.evaluation.answers import Answer, repeats
 from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.judge import judge_scorers, judged
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas
     from mlflow.genai.scorers import Scorer
 
+    from phi3_mlflow.core.progress import Meter
     from phi3_mlflow.evaluation.items import Question
     from phi3_mlflow.evaluation.measurement import Measurement
     from phi3_mlflow.evaluation.settings import JudgeSettings
@@ -82,7 +84,8 @@ def log_answers(
         console.say(f"  {judge.model} judges {len(answers)} answers")
     with child_run(f"answers of version {version.version}", {"version": version.uri}):
         with _environment(_JUDGING if judge else _QUICK_WRITES):
-            rows = _traced(answers, asked, model_id)
+            with show_progress("answers", len(answers), "shown in MLflow") as bar:
+                rows = _traced(answers, asked, model_id, bar)
             if asked_set is not None:
                 name_rows(rows, asked_set)
             # It writes a bar and an advertisement for its page, neither of which belongs in a log.
@@ -122,7 +125,10 @@ def _code_scorers(asked: Mapping[str, Question]) -> list[Scorer]:
 
 
 def _traced(
-    answers: Sequence[Answer], asked: Mapping[str, Question], model_id: str | None
+    answers: Sequence[Answer],
+    asked: Mapping[str, Question],
+    model_id: str | None,
+    progress: Meter,
 ) -> pandas.DataFrame:
     """Log a trace for each answer, and lay them out as `mlflow.genai.evaluate` takes them.
 
@@ -148,6 +154,7 @@ def _traced(
             }
         )
         start = end
+        progress.advance(1)
     return pandas.DataFrame(rows)
 
 
