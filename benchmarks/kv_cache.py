@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--profile", default="smollm2-135m")
     parser.add_argument("--algorithm", choices=("profile", "rtn"), default="profile")
     parser.add_argument("--no-quality", action="store_true", help="speed and memory only")
+    parser.add_argument("--quick", action="store_true", help="the quick texts only")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 1024, 4000])
     parser.add_argument("--runs", type=int, default=3, help="of each")
     parser.add_argument("--work", type=Path, help="folder for the models; kept, and found again")
@@ -67,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         folders = exported(args, work)
-        qualities = {} if args.no_quality else quality(args.checkpoint, folders, work)
+        qualities = {} if args.no_quality else quality(args, folders, work)
         rows: list[list[Cell]] = []
         for tokens in args.tokens:
             found: dict[str, list[list[float]]] = {name: [] for name in folders}
@@ -113,16 +114,18 @@ def exported(args: argparse.Namespace, work: Path) -> dict[str, Path]:
     return folders
 
 
-def quality(checkpoint: Path, folders: dict[str, Path], work: Path) -> dict[str, list[Cell]]:
+def quality(
+    args: argparse.Namespace, folders: dict[str, Path], work: Path
+) -> dict[str, list[Cell]]:
     """KL, agreement in percent and perplexity of each, on the held-out texts."""
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.evaluation.datasets import load_heldout
     from phi3_mlflow.evaluation.measure import diverge
 
-    store, texts = StepCache(work / "cache"), load_heldout(quick=False)
+    store, texts = StepCache(work / "cache"), load_heldout(quick=args.quick)
     found: dict[str, list[Cell]] = {}
     for name, folder in folders.items():
-        metrics = diverge(checkpoint, folder, texts, 512, store=store).metrics()
+        metrics = diverge(args.checkpoint, folder, texts, 512, store=store).metrics()
         agreement = 100 * metrics["top1_agreement"]
         found[name] = [metrics["kl_mean"], agreement, metrics["perplexity"]]
         print(name, found[name], flush=True)
