@@ -91,7 +91,8 @@ def check_folder(uri: str, folder: Path) -> None:
         folder: where an embedded store keeps its artifacts.
 
     Raises:
-        EnvironmentProblem: MLflow takes a part of the folder's name for an escaped character.
+        EnvironmentProblem: MLflow takes a part of the folder's name for an escaped character, or
+            for options.
     """
     if not uri.startswith("sqlite:"):
         return
@@ -100,6 +101,12 @@ def check_folder(uri: str, folder: Path) -> None:
         raise EnvironmentProblem(
             f"the working folder {folder} has {found[0]} in its name. MLflow reads that as an "
             f"escaped {unquote(found[0])!r}, and would put the artifacts into another folder.\n"
+            "Rename the folder, or work in another one"
+        )
+    if "?" in str(folder) and str(folder) in uri:
+        raise EnvironmentProblem(
+            f"the tracking store {uri} is in a folder with ? in its name. What follows a ? is read "
+            "as options, and the database would be made in another place.\n"
             "Rename the folder, or work in another one"
         )
 

@@ -133,6 +133,13 @@ def test_a_folder_that_mlflow_would_miss_is_refused(name: str) -> None:
     connection.check_folder("http://localhost:5000", Path("/work", name))
 
 
+def test_a_question_mark_in_the_folder_of_the_store_is_refused() -> None:
+    folder = Path("/work/why?")
+    with pytest.raises(EnvironmentProblem, match="read as options"):
+        connection.check_folder(f"sqlite:///{folder}/mlflow.db", folder)
+    connection.check_folder("sqlite:////elsewhere/mlflow.db?timeout=5", folder)
+
+
 @pytest.mark.parametrize("name", ["a b", "a#b", "a b#c", "a?b", "a%b", "100%", "\u00fc", "a'b"])
 def test_other_odd_names_are_held(name: str) -> None:
     connection.check_folder("sqlite:///mlflow.db", Path("/work", name))
