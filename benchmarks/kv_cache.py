@@ -82,7 +82,7 @@ def main() -> None:
     measured = [] if args.no_quality else ["KL, nats", "same likeliest token (%)", "perplexity"]
     write_result(
         args.name,
-        f"Keys and values in float32 and in int8: {args.checkpoint.name}, int4 weights",
+        f"Keys and values in float32 and in int8: {args.profile}, int4 weights",
         ["kept as", "prompt tokens", "read, tokens/s", "written, tokens/s", "peak GB", *measured],
         rows,
         notes=f"Median of {args.runs} processes of each, in turn. KL and the likeliest token: "
