@@ -286,3 +286,13 @@ def test_the_tickets_profile_is_the_default_with_rows_to_train_on() -> None:
     assert tickets.train is not None
     assert isinstance(tickets.train.data, Path)
     assert sorted(file.name for file in tickets.train.data.iterdir()) == ["tickets.jsonl"]
+
+
+def test_a_text_is_cut_into_pieces_that_the_model_takes_in(tmp_path):
+    text = "description: d\nbase_model: b\nlicence: MIT\nsource: file:m\ncontext_length: 256\n"
+    file = tmp_path / "small.yaml"
+    file.write_text(text)
+    assert load_profile(str(file)).window == 256
+    file.write_text(text + "runtime: {max_context: 128}\n")
+    assert load_profile(str(file)).window == 128
+    assert load_profile("phi-3-mini-4k").window == 512

@@ -147,6 +147,11 @@ class Profile(Section):
         return _at(self.source, self.track)
 
     @property
+    def window(self) -> int:
+        """Tokens of a text that are scored in one piece: no more than the model takes in."""
+        return min(self.evaluation.window, self.runtime.max_context or self.context_length)
+
+    @property
     def makes_onnx(self) -> bool:
         """Whether an ONNX directory is part of what this profile produces."""
         return self.flavor in ("onnx", "both")

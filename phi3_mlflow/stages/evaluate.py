@@ -96,7 +96,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         gate = profile.gate.model_dump(mode="json", exclude_none=True)
         judge = profile.evaluation.judge
         return {
-            "window": profile.evaluation.window,
+            "window": profile.window,
             "judge": judge.model_dump(mode="json") if judge else {},
             **load_sets(profile).digests(),
             "gated": not profile.gate.off,
@@ -127,7 +127,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             sets = replace(sets, task=task)
         evaluator = Evaluator(
             facts=model_facts(profile),
-            settings=profile.evaluation,
+            settings=profile.evaluation.model_copy(update={"window": profile.window}),
             gate=profile.gate,
             reference=Checkpoint(inputs.checkpoint.value, inputs.checkpoint.digest),
             base=Checkpoint(inputs.base.value, inputs.base.digest) if inputs.base else None,

@@ -158,7 +158,7 @@ def build_and_measure(work: Work[SearchInputs]) -> CandidateMetrics:
     with Pipeline(request, work.run.run_id) as pipeline:
         int4 = pipeline.run(quantize.STEP, checkpoint=checkpoint)
         onnx = pipeline.run(export.STEP, checkpoint=int4.entry.path).entry.path
-    window = profile.evaluation.window
+    window = profile.window
     found = diverge(checkpoint, onnx, texts(profile), window, store=work.cache).metrics()
     return CandidateMetrics(
         kl_mean=found["kl_mean"],
@@ -199,7 +199,7 @@ def measured_on(request: Request) -> dict[str, Any]:
     """What decides the metrics of a candidate beside its settings."""
     return {
         "texts_sha256": datasets.digest(texts(request.profile)),
-        "window": request.profile.evaluation.window,
+        "window": request.profile.window,
     }
 
 
