@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from phi3_mlflow.config.loading import load_profile
+from phi3_mlflow.sources.about import About
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from phi3_mlflow.sources.about import About
-
+_EXAMPLE = "phi-3-mini-4k"
 EXAMPLE_SOURCE = "hf:microsoft/Phi-3-mini-4k-instruct@0a67737cc96d2554230f90338b163bc6380a2a85"
-_EXAMPLE_SIZES = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-}
+"""Of the example, known without reading its profile."""
 
 _TEMPLATE = """\
 # A model and what is to become of it. A line that begins with "#" and a key is a choice: take the
@@ -64,6 +59,21 @@ _UNSTATED = "  # by which licence? Its README.md does not say"
 _UNREAD = "  # its config.json was not read: max_position_embeddings there"
 
 
+def example() -> About:
+    """A model to begin with: what its shipped profile says of it."""
+    profile = load_profile(_EXAMPLE)
+    sizes = profile.architecture
+    return About(
+        source=profile.source,
+        name=profile.base_model,
+        base_model=None,
+        licence=profile.licence,
+        context_length=profile.context_length,
+        architecture=sizes.model_dump(exclude_defaults=True) if sizes else {},
+        brings_code=profile.remote_code == "drop",
+    )
+
+
 def starter(about: About | None, *, source: str, data: str | None, questions: str | None) -> str:
     """The text of a first profile.
 
@@ -76,11 +86,10 @@ def starter(about: About | None, *, source: str, data: str | None, questions: st
     Returns:
         A YAML file; whoever writes it has to load it before, as `load_profile` does.
     """
-    example = about is None and source == EXAMPLE_SOURCE
-    name = about.name if about else "microsoft/Phi-3-mini-4k-instruct" if example else source
+    name = about.name if about else source
     made_from = f", made from {about.base_model}" if about and about.base_model else ""
-    licence = (about.licence if about else None) or ("MIT" if example else None)
-    sizes = about.architecture if about else _EXAMPLE_SIZES if example else {}
+    licence = about.licence if about else None
+    sizes = about.architecture if about else {}
     code = "remote_code: drop    # it names code of its own; transformers has the architecture\n"
     return _TEMPLATE.format(
         description=_scalar(f"{name}{made_from}."),
@@ -88,9 +97,9 @@ def starter(about: About | None, *, source: str, data: str | None, questions: st
         licence=_scalar(licence or "not stated"),
         licence_remark="" if licence else _UNSTATED,
         source=_scalar(about.source if about else source),
-        remote_code=code if example or (about and about.brings_code) else "",
+        remote_code=code if about and about.brings_code else "",
         context_length=about.context_length if about else 4096,
-        context_remark="" if about or example else _UNREAD,
+        context_remark="" if about else _UNREAD,
         architecture=_architecture(sizes),
         train=_section("train", "data", data, "/path/to/rows.jsonl"),
         evaluation=_section("evaluation", "questions", questions, "/path/to/questions.csv"),

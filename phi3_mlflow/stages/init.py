@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.config.loading import load_profile
-from phi3_mlflow.config.starter import EXAMPLE_SOURCE, starter
+from phi3_mlflow.config.starter import EXAMPLE_SOURCE, example, starter
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import UserError, problem_list
@@ -49,7 +49,8 @@ class Init(Command):
         given = {name: given_path(request, name) for name in ("data", "questions")}
         source = EXAMPLE_SOURCE if request.is_auto("source") else request.value("source").strip()
         # The example is known; asking the hub for it would only need a network.
-        about = None if source == EXAMPLE_SOURCE else look_at(parse_source(source), Path.cwd())
+        known = source == EXAMPLE_SOURCE
+        about = example() if known else look_at(parse_source(source), Path.cwd())
         text = starter(about, source=source, **given)
         write_checked(file, text)
         console.say(f"Written: {file}\n{next_commands(file)}")
