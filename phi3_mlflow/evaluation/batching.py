@@ -202,7 +202,6 @@ def rows_together(asking: Asking, model: Path, lengths: Sequence[int]) -> int:
     size = size_of(model)
     if not is_large(asking, size):
         return 1
-    decoder = GenaiConfig.read(model).decoder
-    token_bytes = 4 * 2 * decoder.layers * decoder.heads * decoder.head_size
+    token_bytes = 4 * GenaiConfig.read(model).decoder.token_values
     room = room_for_batch(size, available_memory())
     return rows_that_fit(lengths, most_together(asking), token_bytes, room)

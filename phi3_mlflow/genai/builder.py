@@ -191,8 +191,8 @@ def streaming_builder(
     return builder
 
 
-def _give_rope(config: Any, checkpoint_config: Mapping[str, Any]) -> Rope:
-    """Put the rotary settings into a config object so that the builder computes what they mean.
+def rope_of(checkpoint_config: Mapping[str, Any]) -> Rope:
+    """The rotary settings of a checkpoint's `config.json`.
 
     Raises:
         CheckpointRefused: they cannot be used.
@@ -200,6 +200,16 @@ def _give_rope(config: Any, checkpoint_config: Mapping[str, Any]) -> Rope:
     rope, problems = read_rope(checkpoint_config)
     if rope is None:
         raise CheckpointRefused(problem_list("the rotary settings cannot be used", problems))
+    return rope
+
+
+def _give_rope(config: Any, checkpoint_config: Mapping[str, Any]) -> Rope:
+    """Put the rotary settings into a config object so that the builder computes what they mean.
+
+    Raises:
+        CheckpointRefused: they cannot be used.
+    """
+    rope = rope_of(checkpoint_config)
     config.original_max_position_embeddings = rope.original
     if rope.long:
         # The builder asks for `type`, takes the ratio of the lengths whatever `factor` says, and

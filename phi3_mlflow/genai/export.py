@@ -15,10 +15,9 @@ from transformers import AutoConfig
 from phi3_mlflow.checkpoints.configuration import expected_shapes
 from phi3_mlflow.checkpoints.layout import licence_files
 from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
-from phi3_mlflow.checkpoints.rope import read_rope
-from phi3_mlflow.core.errors import CheckpointRefused, UserError, problem_list
+from phi3_mlflow.core.errors import CheckpointRefused, UserError
 from phi3_mlflow.core.progress import Progress, no_progress
-from phi3_mlflow.genai.builder import streaming_builder
+from phi3_mlflow.genai.builder import rope_of, streaming_builder
 from phi3_mlflow.genai.kv_cache import use_int8
 from phi3_mlflow.quantization.plan import check_architecture, shares_head
 from phi3_mlflow.quantization.stored import StoredQuantization
@@ -95,10 +94,7 @@ def export_onnx(
             checkpoint, checkpoint_config, stored, reader, out, precision, accuracy_level, progress
         )
     if kv_sequences:
-        rope, problems = read_rope(checkpoint_config)
-        if rope is None:
-            raise CheckpointRefused(problem_list("the rotary settings cannot be used", problems))
-        use_int8(out, kv_sequences, rope.rotated, progress)
+        use_int8(out, kv_sequences, rope_of(checkpoint_config).rotated, progress)
     for file in licence_files(checkpoint):
         shutil.copyfile(file, out / file.name)
     return ExportReport(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.artifacts.unfinished import drop_kept_folder, kept_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from phi3_mlflow.artifacts.cache import Entry
     from phi3_mlflow.pipeline.step import Step, Work
 
 
-@contextmanager
-def kept_work(step: Step[Any, Any], work: Work[Any]) -> Iterator[Path]:
+def kept_work(step: Step[Any, Any], work: Work[Any]) -> AbstractContextManager[Path]:
     """The folder for what is finished of a step's work; nobody else is at it meanwhile."""
-    with kept_folder(work.cache, step.name, work.key) as folder:
-        yield folder
+    return kept_folder(work.cache, step.name, work.key)
 
 
 def drop_kept_work(step: Step[Any, Any], entry: Entry) -> None:

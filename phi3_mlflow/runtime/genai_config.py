@@ -35,6 +35,11 @@ class Decoder:
     logits: str
     cache: tuple[tuple[str, str], ...]
 
+    @property
+    def token_values(self) -> int:
+        """Numbers that the keys and values of one token are."""
+        return 2 * self.layers * self.heads * self.head_size
+
     @classmethod
     def read(cls, about: dict[str, Any]) -> Decoder:
         """Read `model.decoder` of the file."""

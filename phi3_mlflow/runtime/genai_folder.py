@@ -50,7 +50,7 @@ class GenaiFolder(Tokenizing):
         number_bytes = 4 if settings.provider == "cpu" else 2
         if settings.kv_cache == "int8":
             number_bytes = 1
-        self.token_bytes = 2 * decoder.layers * decoder.heads * decoder.head_size * number_bytes
+        self.token_bytes = decoder.token_values * number_bytes
         self._tokenizer = ChatTokenizer(folder, config.ends)
 
 
