@@ -32,21 +32,6 @@ _TEXTS = (
 )
 
 
-def differing_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
-    """What the two make of a few conversations, where it differs.
-
-    Args:
-        checkpoint: with the model's tokenizer and its chat template.
-        onnx_dir: what was built of it.
-
-    Returns:
-        One sentence for each conversation, none for those that the template refuses; and for each
-        of a few texts.
-    """
-    tokenizer, built = _tokenizers(checkpoint, onnx_dir)
-    return _conversations(tokenizer, built) + _texts(tokenizer, built)
-
-
 def refuse_other_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
     """Refuse a model whose flavors make other tokens of a conversation.
 
@@ -55,12 +40,14 @@ def refuse_other_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
         onnx_dir: what was built of it.
 
     Returns:
-        One sentence for each of a few texts that differ.
+        One sentence for each of a few texts that differ. Conversations that the template refuses
+        are not compared.
 
     Raises:
         CheckpointRefused: naming each conversation, and what to do.
     """
-    tokenizer, built = _tokenizers(checkpoint, onnx_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
+    built = ChatTokenizer(onnx_dir)
     if problems := _conversations(tokenizer, built):
         raise CheckpointRefused(
             problem_list(
@@ -73,11 +60,6 @@ def refuse_other_prompts(checkpoint: Path, onnx_dir: Path) -> list[str]:
             )
         )
     return _texts(tokenizer, built)
-
-
-def _tokenizers(checkpoint: Path, onnx_dir: Path) -> tuple[Any, ChatTokenizer]:
-    own = AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
-    return own, ChatTokenizer(onnx_dir)
 
 
 def _conversations(tokenizer: Any, built: ChatTokenizer) -> list[str]:

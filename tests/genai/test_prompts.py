@@ -13,7 +13,7 @@ from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.parameters import read_request
 from phi3_mlflow.core.errors import EXIT_BAD_INPUT, CheckpointRefused
 from phi3_mlflow.genai.export import ExportReport, export_onnx
-from phi3_mlflow.genai.prompts import differing_prompts, refuse_other_prompts
+from phi3_mlflow.genai.prompts import refuse_other_prompts
 from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.runtime.tokens import ChatTokenizer
 from phi3_mlflow.stages import export
@@ -31,14 +31,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_tokens(plain: Path) -> None:
-    assert differing_prompts(plain / "checkpoint", plain / "onnx") == []
+    assert refuse_other_prompts(plain / "checkpoint", plain / "onnx") == []
 
 
 def test_a_difference_is_counted(plain: Path, tmp_path: Path) -> None:
     other = shutil.copytree(plain / "checkpoint", tmp_path / "checkpoint")
     file = other / "chat_template.jinja"
     file.write_text(file.read_text().replace("<|end|>", "\n<|end|>"))
-    found = differing_prompts(other, plain / "onnx")
+    with pytest.raises(CheckpointRefused) as refused:
+        refuse_other_prompts(other, plain / "onnx")
+    found = [line for line in str(refused.value).splitlines() if "a conversation with" in line]
     assert len(found) == 3
     assert "one turn: 7 tokens in the ONNX flavor, 8 with" in found[0]
 
@@ -102,7 +104,7 @@ def test_a_template_of_several_lines_makes_the_same_tokens(plain: Path, tmp_path
         "{{ m['content'].replace('\\r', '') }}<|end|>\n{% endfor %}\n<|assistant|>\n"
     )
     export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
-    assert differing_prompts(checkpoint, tmp_path / "onnx") == []
+    assert refuse_other_prompts(checkpoint, tmp_path / "onnx") == []
 
 
 def test_what_the_template_refuses_is_not_compared(plain: Path, tmp_path: Path) -> None:
@@ -110,5 +112,5 @@ def test_what_the_template_refuses_is_not_compared(plain: Path, tmp_path: Path) 
     file = other / "chat_template.jinja"
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     file.write_text(refusing + file.read_text())
-    assert differing_prompts(other, plain / "onnx") == []
+    assert refuse_other_prompts(other, plain / "onnx") == []
     assert json.loads((other / "config.json").read_text())
