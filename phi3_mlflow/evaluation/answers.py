@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.evaluation.load import LIMIT, OTHER_LOAD
 from phi3_mlflow.evaluation.statistics import quantile
 from phi3_mlflow.evaluation.wrong import why_wrong
 
@@ -20,6 +21,9 @@ _LOOP_SHARE = 0.4
 _SHORT_ANSWER = 16  # words; a shorter answer has no room for a loop
 NEEDLE = "needle_"
 """Categories of long prompts begin with this; they are counted apart from the questions."""
+
+FEWEST_TIMED = 8
+"""Questions that tell a model's speed: with fewer that nothing disturbed, some are asked again."""
 
 TASK = "task"
 """Category of the questions that validation rows become; they are counted apart, too."""
@@ -37,6 +41,8 @@ class Answer:
         repeats: the answer goes round in circles.
         why_wrong: what its check says against it; empty of a right answer.
         alone: nothing else was answered meanwhile, so that its times are those of a single request.
+        others: share of the processor that other programs used meanwhile; None where that is not
+            known.
     """
 
     question_id: str
@@ -51,10 +57,16 @@ class Answer:
     repeats: bool
     why_wrong: str = ""
     alone: bool = True
+    others: float | None = None
 
     def row(self) -> dict[str, Any]:
         """The answer as `answers.jsonl` holds it."""
         return asdict(self)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs computed meanwhile, so that its times are not the model's."""
+        return self.others is not None and self.others > LIMIT
 
     @property
     def rate(self) -> float:
@@ -75,11 +87,12 @@ class Answers:
 
         `accuracy`, the rates and the speeds count the questions; long prompts with a needle are in
         `needle_accuracy` and in `accuracy.CATEGORY` only. Speeds and times are those of the
-        questions that were asked one at a time, `timed_answers` of them if they are not all.
+        questions that were asked one at a time and that nothing disturbed, `timed_answers` of them
+        if they are not all; where too much was disturbed, of all that were asked one at a time.
         """
         asked = [a for a in self.answers if not a.category.startswith(NEEDLE)]
         needles = [a for a in self.answers if a.category.startswith(NEEDLE)]
-        timed = [a for a in asked if a.alone]
+        timed = undisturbed([a for a in asked if a.alone])
         # One token does not tell a speed: it is all waiting for the prompt.
         rates = [a.rate for a in timed if a.completion_tokens > 1]
         first = [a.first_seconds for a in timed if a.first_seconds is not None]
@@ -87,6 +100,7 @@ class Answers:
             "accuracy": _share([a.correct for a in asked]),
             "tokens_per_second": quantile(rates, 0.5),
             "tokens_per_second_p95": quantile(rates, 0.05),
+            "tokens_per_second_spread": spread(rates),
             "latency_s": quantile([a.seconds for a in timed], 0.5),
             "latency_p95_s": quantile([a.seconds for a in timed], 0.95),
             "endless_rate": _share([a.finish_reason == "length" for a in asked]),
@@ -96,6 +110,8 @@ class Answers:
         }
         if len(timed) < len(asked):
             metrics["timed_answers"] = float(len(timed))
+        if (load := other_load(timed)) is not None:
+            metrics[OTHER_LOAD] = load
         if first:
             metrics["time_to_first_token_s"] = quantile(first, 0.5)
             metrics["time_to_first_token_p95_s"] = quantile(first, 0.95)
@@ -109,6 +125,25 @@ class Answers:
 
 def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
+
+
+def undisturbed(timed: Sequence[Answer]) -> Sequence[Answer]:
+    """Those whose times are the model's own; all where these are too few to tell a speed."""
+    sound = [answer for answer in timed if not answer.disturbed]
+    return sound if len(sound) >= min(FEWEST_TIMED, len(timed)) else timed
+
+
+def other_load(answers: Sequence[Answer]) -> float | None:
+    """The share of the processor that other programs used during some answers, 0 to 1."""
+    known = [(a.others, a.seconds) for a in answers if a.others is not None]
+    whole = sum(seconds for _, seconds in known)
+    return sum(others * seconds for others, seconds in known) / whole if whole else None
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far the middle half of some values reaches, as a share of their median."""
+    middle = quantile(values, 0.5)
+    return (quantile(values, 0.75) - quantile(values, 0.25)) / middle if middle else 0.0
 
 
 def repeats(text: str) -> bool:

@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core import console
@@ -21,8 +21,10 @@ from phi3_mlflow.core.endings import code_of, ending
 from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError, problem_list
 from phi3_mlflow.core.meter import peak_rss_bytes
 from phi3_mlflow.core.progress import show_progress
+from phi3_mlflow.evaluation.again import time_again
 from phi3_mlflow.evaluation.answers import Answer, Answers, judged, repeats
 from phi3_mlflow.evaluation.batching import Asking, Pace, asked_alone, expected, rows_together
+from phi3_mlflow.evaluation.load import LoadWatch
 from phi3_mlflow.evaluation.logits import find_model
 from phi3_mlflow.tracking.connection import connect
 from phi3_mlflow.tracking.stored_files import local_files
@@ -122,6 +124,10 @@ def _one_by_one(
             pace.note(asked.takes[number], found[number])
             left = pace.left([asked.takes[later] for later in numbers[place:]])
             bar.advance(int(number >= asked.uncounted), asked.takes[number].work, left)
+        counted = {n: found[n] for n in numbers if n >= asked.uncounted}
+        found |= time_again(
+            counted, lambda number: process.submit(_ask, asked.questions[number]).result()
+        )
         return found, load_seconds, process.submit(_peak).result()
 
 
@@ -339,7 +345,9 @@ def _refused(questions: list[Question]) -> list[str]:
 
 
 def _ask(question: Question) -> Answer:
-    return _answered(_model(), question)
+    watch = LoadWatch()
+    answer = _answered(_model(), question)
+    return replace(answer, others=watch.others())
 
 
 def _begin(questions: list[Question]) -> None:

@@ -31,6 +31,7 @@ from phi3_mlflow.evaluation.gate import (
     trained_verdict,
 )
 from phi3_mlflow.evaluation.junit import junit_xml
+from phi3_mlflow.evaluation.load import OTHER_LOAD
 from phi3_mlflow.evaluation.logits import find_model, size_of
 from phi3_mlflow.evaluation.measure import (
     kept,
@@ -172,7 +173,8 @@ class Evaluator:
         metrics = {name: told[name] for name in OF_ANSWERS}
         if timed is not None:
             cost = Answers(timed[0], load_seconds=0.0, peak_memory_bytes=timed[1]).metrics()
-            metrics |= {name: cost[name] for name in ("tokens_per_second", "peak_memory_bytes")}
+            kept_of = ("tokens_per_second", "peak_memory_bytes", OTHER_LOAD)
+            metrics |= {name: cost[name] for name in kept_of if name in cost}
         return Measurement(metrics, answers, (), {})
 
     def _with_task(self, found: Measurement, base: Measurement) -> Measurement:

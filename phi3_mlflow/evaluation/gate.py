@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from phi3_mlflow.evaluation.load import SPEEDS, unsound
 from phi3_mlflow.evaluation.metrics import label
 from phi3_mlflow.evaluation.paired import NAMES, Comparison, compare_metric
 from phi3_mlflow.tracking.registry import FAILED, NOT_GATED, PASSED
@@ -36,13 +37,23 @@ Decision = Literal["promote", "keep", "refuse"]
 
 @dataclass(frozen=True)
 class ThresholdResult:
-    """One threshold and what was found."""
+    """One threshold and what was found.
+
+    Attributes:
+        metric: a key of `METRICS`.
+        bound: what is wanted, as text.
+        found: what was measured; None where it was not.
+        passed: whether it speaks for the version, or at least not against it.
+        reason: all of it in a sentence.
+        unjudged: it is not met, and was measured in a way that says little about the version.
+    """
 
     metric: str
     bound: str
     found: float | None
     passed: bool
     reason: str
+    unjudged: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,11 @@ class Verdict:
 
     @property
     def why(self) -> str:
-        """The decision in one sentence."""
+        """The decision in one sentence, and what was not judged."""
+        return "; ".join([self._decided, *(c.reason for c in self.checks if c.unjudged)])
+
+    @property
+    def _decided(self) -> str:
         if self.decision == "refuse":
             return "; ".join(self.reasons)
         if self.replaces:
@@ -176,15 +191,29 @@ def check_thresholds(metrics: Mapping[str, float], thresholds: Mapping[str, Boun
     A metric that has a threshold but was not measured fails: a gate that cannot see must not open.
     `mlflow.validate_evaluation_results` says the same (a test compares them), but takes one bound
     per metric, and raises where a report wants every check with its numbers.
+
+    Speeds that were measured beside other programs are judged in one direction: those that keep to
+    a bound all the same keep to it, others are not judged, and the verdict says so.
     """
     checks = []
+    disturbed = unsound(metrics)
     for metric, bound in sorted(thresholds.items()):
         found = metrics.get(metric)
         if bound.min is not None:
             checks.append(_check(metric, "min", bound.min, found))
         if bound.max is not None:
             checks.append(_check(metric, "max", bound.max, found))
+    if disturbed:
+        checks = [_unjudged(check, disturbed) for check in checks]
     return Verdict(tuple(checks))
+
+
+def _unjudged(check: ThresholdResult, disturbed: str) -> ThresholdResult:
+    """A check of a disturbed speed that failed, without its failure."""
+    if check.passed or check.found is None or check.metric not in SPEEDS:
+        return check
+    reason = f"{check.metric} is not judged: {check.found:.4g}, {disturbed}; wanted {check.bound}"
+    return replace(check, passed=True, unjudged=True, reason=reason)
 
 
 def _check(metric: str, side: str, limit: float, found: float | None) -> ThresholdResult:

@@ -26,6 +26,9 @@ def junit_xml(name: str, verdict: Verdict) -> str:
         if not check.passed:
             failures += 1
             _says(case, "failure", check.reason)
+        elif check.unjudged:
+            skipped += 1
+            _says(case, "skipped", check.reason)
     for comparison in verdict.comparisons:
         group = f"champion {verdict.against}" if comparison.than == "champion" else "untrained base"
         case = _case(suite, group, f"{comparison.metric} {comparison.wanted}")

@@ -108,6 +108,18 @@ METRICS: Mapping[str, Metric] = {
     "tokens_per_second_p95": Metric(
         "speed, slowest 5 %", _rate, "higher", "95 of 100 answers are at least this quick."
     ),
+    "tokens_per_second_spread": Metric(
+        "speed, spread over the questions",
+        _share,
+        "lower",
+        "How far the middle half of the speeds reaches, as a share of the median.",
+    ),
+    "other_load": Metric(
+        "processor used by other programs",
+        _share,
+        "neither",
+        "While speeds and times were measured; above 10 % they say little about the model.",
+    ),
     "time_to_first_token_s": Metric(
         "time to first token, median", _seconds, "lower", "From the request to the first piece."
     ),
@@ -122,7 +134,7 @@ METRICS: Mapping[str, Metric] = {
         "answers that tell speed and time",
         _count,
         "neither",
-        "Questions that were asked one at a time; the others were answered together.",
+        "Asked one at a time, while no other program computed.",
     ),
     "peak_memory_bytes": Metric(
         "peak memory", _megabytes, "lower", "Of a process that does nothing but serve the model."

@@ -230,6 +230,11 @@ def _task_loss(metric: str, found: Measurement, other: Measurement) -> Paired:
     return paired_ratio(*sums, [score.tokens for _, score in pairs]), None
 
 
+def _tells(answer: Answer) -> bool:
+    """Whether an answer's times are those of the model alone, for a single request."""
+    return answer.alone and not answer.disturbed
+
+
 EXACT = ("size_bytes", "peak_memory_bytes")
 TIMED = ("tokens_per_second", "time_to_first_token_s")
 """Comparable only when both models were measured one after the other."""
@@ -242,8 +247,8 @@ _PAIRED: Mapping[str, Callable[[str, Measurement, Measurement], Paired]] = {
     "perplexity_ratio": _texts(lambda score: score.candidate_nll),
     "kl_mean": _texts(lambda score: score.kl),
     "top1_agreement": _texts(lambda score: float(score.agreements)),
-    "tokens_per_second": _per_answer(lambda a: a.rate if a.alone else None),
-    "time_to_first_token_s": _per_answer(lambda a: a.first_seconds if a.alone else None),
+    "tokens_per_second": _per_answer(lambda a: a.rate if _tells(a) else None),
+    "time_to_first_token_s": _per_answer(lambda a: a.first_seconds if _tells(a) else None),
     "endless_rate": _per_answer(lambda a: float(a.finish_reason == "length")),
     "repetition_rate": _per_answer(lambda a: float(a.repeats)),
 }

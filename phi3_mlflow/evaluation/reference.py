@@ -14,6 +14,7 @@ from phi3_mlflow.core.meter import peak_rss_bytes
 from phi3_mlflow.core.progress import hide_bars_of_transformers, no_progress
 from phi3_mlflow.evaluation.answers import Answer, judged, repeats
 from phi3_mlflow.evaluation.divergence import batches
+from phi3_mlflow.evaluation.load import LoadWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _together(
     """The answers to some questions, computed as one batch."""
     import torch
 
-    start = time.monotonic()
+    start, watch = time.monotonic(), LoadWatch()
     inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
     with torch.inference_mode():
         made = model.generate(
@@ -134,7 +135,7 @@ def _together(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    seconds = (time.monotonic() - start) / len(questions)
+    seconds, others = (time.monotonic() - start) / len(questions), watch.others()
     width = inputs["input_ids"].shape[1]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -156,6 +157,7 @@ def _together(
             finish_reason="length" if stop is None else "stop",
             repeats=repeats(text),
             alone=len(questions) == 1,
+            others=others,
         )
         answers.append(judged(answer, question))
     return answers

@@ -12,6 +12,7 @@ from phi3_mlflow.config.loading import find_profile, profile_names
 from phi3_mlflow.core import console
 from phi3_mlflow.core.git import origin
 from phi3_mlflow.core.shipped import checkout
+from phi3_mlflow.evaluation.load import unsound
 from phi3_mlflow.evaluation.metrics import headline
 from phi3_mlflow.stages.evaluate import headline_metrics, report_file
 from phi3_mlflow.tracking import registry
@@ -152,6 +153,8 @@ def _figures(evaluated: Outcome[EvaluationRecord]) -> list[str]:
     record = evaluated.record
     uri, found = next(iter(record.versions.items()))
     measured = [f"  {label:<34} {shown}" for label, shown in headline(headline_metrics(found))]
+    if disturbed := unsound(found.metrics):
+        measured.append(f"  {'its speed was':<34} {disturbed}")
     number = registry.number_of(uri)
     artifact = f"runs:/{record.run_id}/evaluation/{number}/report.html"
     return [

@@ -23,6 +23,7 @@ from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
+from phi3_mlflow.evaluation.load import SPEEDS, measured_while, unsound
 from phi3_mlflow.evaluation.metrics import HEADLINE
 from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
 from phi3_mlflow.evaluation.sets import Sets, set_name
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from phi3_mlflow.config.profile import Profile
 
 Versions = tuple[VersionName, ...]
+
+SPEED_TAG = "speed_measured"
+"""The tag of a version that says beside what its speeds were measured."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,9 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             version = registry.find_version(uri, request.profile.registered_model)
             verdict = result.verdict
             console.say(f"  {uri}: gate: {verdict.told}")
+            measured = measured_while(result.metrics)
+            if disturbed := unsound(result.metrics):
+                console.say(f"  its speed was {disturbed}, and is not on its card")
             console.say(f"  report: {report_file(entry, uri)}")
             registry.set_tags(
                 version,
@@ -178,13 +185,19 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
                     registry.GATE_AGAINST: registry.number_of(verdict.against),
                     "evaluation_run": record.run_id,
                     TEXTS_TAG: record.texts_sha256,
+                    **({SPEED_TAG: measured} if measured else {}),
                     **{key: _plain(value) for key, value in headline_metrics(result).items()},
                 },
             )
             tags = registry.describe(version).tags
             figures = headline_metrics(result)
+            if disturbed:
+                figures = {name: figures[name] for name in figures if name not in SPEEDS}
             report = runs.artifact_link(record.run_id, f"evaluation/{version.version}/report.html")
-            card = model_card(request.profile, tags, figures, record.hardware, uri, report)
+            hardware = record.hardware
+            if disturbed:
+                hardware += f". Speed is left out: it was {disturbed}"
+            card = model_card(request.profile, tags, figures, hardware, uri, report)
             registry.set_description(version, card)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.evaluation.load import OTHER_LOAD, unsound
 from phi3_mlflow.evaluation.metrics import FULL, formatted, label
 
 if TYPE_CHECKING:
@@ -60,13 +61,23 @@ def bought(metrics: Mapping[str, float]) -> Bought:
             continue
         mine, full = metrics[metric], metrics.get(f"{metric}{FULL}")
         compared = "" if full is None else _compared(metric, mine, full)
-        if compared:
+        if compared and metric == "tokens_per_second" and (why := _disturbed(metrics)):
+            compared = f"not compared: {why}"
+        elif compared:
             said[metric] = compared
         if full is None:
             missing.append(label(metric))
         shown = _NOT_MEASURED if full is None else formatted(metric, full)
         rows.append(BoughtRow(label(metric), formatted(metric, mine), shown, compared))
     return Bought(_sentence(metrics, said), tuple(rows), _missing(missing))
+
+
+def _disturbed(metrics: Mapping[str, float]) -> str:
+    """Why speeds are not compared; empty where both are sound."""
+    if why := unsound(metrics):
+        return why
+    full = {OTHER_LOAD: metrics.get(f"{OTHER_LOAD}{FULL}", 0.0)}
+    return f"full precision was {unsound(full)}" if unsound(full) else ""
 
 
 def _sentence(metrics: Mapping[str, float], said: Mapping[str, str]) -> str:

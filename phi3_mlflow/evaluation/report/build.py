@@ -10,6 +10,7 @@ from phi3_mlflow.evaluation.answers import NEEDLE, Answer
 from phi3_mlflow.evaluation.checks import describe
 from phi3_mlflow.evaluation.hardware import hardware
 from phi3_mlflow.evaluation.judge import PREFIX as JUDGE
+from phi3_mlflow.evaluation.load import measured_while, unsound
 from phi3_mlflow.evaluation.metrics import BASE, FULL, METRICS, formatted, label
 from phi3_mlflow.evaluation.paired import NAMES
 from phi3_mlflow.evaluation.report import plots
@@ -159,6 +160,8 @@ def write_report(
         trained_on=registry.describe(evaluation.version).tags.get("trained_on", ""),
         sample=evaluation.measurement.sample,
         hardware=hardware(),
+        measured_while=measured_while(evaluation.measurement.metrics),
+        unsound=unsound(evaluation.measurement.metrics),
         counts={
             "questions": len(sets.questions),
             **timed_answers(evaluation.measurement.answers),
