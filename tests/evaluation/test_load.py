@@ -56,7 +56,9 @@ def test_a_system_that_counts_nothing_is_not_taken_for_a_quiet_one(
     assert watched(monkeypatch, (0.0, 0.0, 5.0), (0.0, 0.0, 6.0)) is None
 
 
-def test_too_short_a_time_tells_nothing() -> None:
+def test_too_short_a_time_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 0.1))
+    monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert LoadWatch().others() is None
 
 
