@@ -19,12 +19,34 @@ _BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}  # Intel and AMD, and ARM's name
 
 def usable_cores() -> int:
     """The processor cores that this process may use: by affinity, and by the group's quota."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # no such call on macOS and Windows
-        cores = os.cpu_count() or 1
+    cores = len(affinity()) or os.cpu_count() or 1
     quota = _group_cores()
     return max(1, cores if quota is None else min(cores, quota))
+
+
+def affinity() -> list[int]:
+    """The numbers of the cores that this process may run on; none where the system has no such."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # no such call on macOS and Windows
+        return []
+
+
+def group_seconds() -> float | None:
+    """Processor time that the group with the tightest quota has used so far, of all its processes.
+
+    None where no group has a quota, or the system does not say.
+    """
+    limited = _limited_group()
+    if limited is None:
+        return None
+    try:
+        lines = (limited[0] / "cpu.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) / 1e6 for line in lines if line.startswith("usage_usec ")), None
+    )
 
 
 def available_memory() -> int | None:
@@ -94,14 +116,20 @@ def _group_memory() -> int | None:
 
 def _group_cores() -> int | None:
     """Whole cores of the tightest quota above this process, at least one."""
+    limited = _limited_group()
+    return None if limited is None else limited[1]
+
+
+def _limited_group() -> tuple[Path, int] | None:
+    """The group above this process with the tightest quota, and its whole cores."""
     found = []
     for group in _groups():
         try:
             quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-            found.append(max(1, math.floor(int(quota) / int(period))))
+            found.append((group, max(1, math.floor(int(quota) / int(period)))))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return min(found) if found else None
+    return min(found, key=lambda one: one[1], default=None)
 
 
 def _groups() -> list[Path]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from phi3_mlflow.core.machine import affinity, group_seconds, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,36 +36,84 @@ SPEEDS = (
 _SHORTEST_S = 0.2  # the system counts in hundredths of a second: less than this tells nothing
 
 
+@dataclass(frozen=True)
+class Readings:
+    """Seconds that the system has counted so far.
+
+    Attributes:
+        busy: of the cores that this process may run on, at work.
+        whole: of the same cores, at work or not.
+        own: of this process, on all of them.
+        group: of everything in the control group whose quota this process shares; None without a
+            quota.
+    """
+
+    busy: float
+    whole: float
+    own: float
+    group: float | None = None
+
+
 class LoadWatch:
     """Watches, from its making on, what share of the processor other programs use."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._busy, self._whole, self._own = _readings()
+        self._before = _readings()
 
     def others(self) -> float | None:
-        """The share of all cores' time that went to others than this process, 0 to 1.
+        """The share of the cores' time that went to others than this process, 0 to 1.
 
         None where too little time has passed to tell, or the system does not say.
         """
-        if time.monotonic() - self._began < _SHORTEST_S:
+        seconds = time.monotonic() - self._began
+        if seconds < _SHORTEST_S:
             return None
-        busy, whole, own = _readings()
-        passed = whole - self._whole
-        if passed <= 0:
-            return None
-        return min(1.0, max(0.0, busy - self._busy - (own - self._own)) / passed)
+        return share_of_others(self._before, _readings(), seconds, usable_cores())
 
 
-def _readings() -> tuple[float, float, float]:
-    """Seconds since the start: of all cores at work, of all cores at all, and of this process."""
+def share_of_others(before: Readings, after: Readings, seconds: float, cores: int) -> float | None:
+    """What others took of the cores that this process may use, 0 to 1.
+
+    A container that may use a few cores of many is not disturbed by what its neighbours compute on
+    the rest: of theirs counts what the rest has no room for. What shares its quota counts in full.
+
+    Args:
+        before: what the system had counted.
+        after: what it has counted now.
+        seconds: between the two.
+        cores: how many this process may use.
+
+    Returns:
+        None where the system does not count.
+    """
+    there = (after.whole - before.whole) / seconds
+    if there <= 0:
+        return None
+    own = after.own - before.own
+    elsewhere = max(0.0, there - cores)
+    taken = (after.busy - before.busy - own) / seconds - elsewhere
+    if before.group is not None and after.group is not None:
+        taken = max(taken, (after.group - before.group - own) / seconds)
+    return min(1.0, max(0.0, taken / min(there, cores)))
+
+
+def _readings() -> Readings:
     import psutil
 
-    times = psutil.cpu_times()._asdict()
-    # Linux counts what runs in virtual machines as user time already.
-    whole = sum(value for kind, value in times.items() if not kind.startswith("guest"))
+    times = psutil.cpu_times(percpu=True)
+    mine = affinity()
+    if mine and max(mine) < len(times):  # otherwise what is shown is not what is numbered
+        times = [times[core] for core in mine]
+    busy = whole = 0.0
+    for core in times:
+        spent = core._asdict()
+        # Linux counts what runs in virtual machines as user time already.
+        passed = sum(value for kind, value in spent.items() if not kind.startswith("guest"))
+        whole += passed
+        busy += passed - spent["idle"] - spent.get("iowait", 0.0)
     own = os.times()
-    return whole - times["idle"] - times.get("iowait", 0.0), whole, own.user + own.system
+    return Readings(busy, whole, own.user + own.system, group_seconds())
 
 
 def measured_while(metrics: Mapping[str, float]) -> str:

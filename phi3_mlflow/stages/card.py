@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.evaluation.load import SPEEDS
 from phi3_mlflow.evaluation.metrics import headline
 from phi3_mlflow.tracking.registry import NOT_GATED
 
@@ -28,6 +29,7 @@ def model_card(
     hardware: str = "",
     uri: str = "",
     report: str = "",
+    disturbed: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -38,6 +40,7 @@ def model_card(
         hardware: what it was measured on.
         uri: of the version, once it has one.
         report: where the report on it is, as Markdown.
+        disturbed: how speeds were measured, if that says too little about the model to show them.
     """
     algorithm = tags.get("algorithm", "none")
     lines = [
@@ -67,6 +70,9 @@ def model_card(
     lines += _verdict(tags)
     if report:
         lines += ["", f"**Report**: {report}"]
+    if disturbed:
+        figures = {name: value for name, value in (figures or {}).items() if name not in SPEEDS}
+        hardware += f". Speed is left out: it was {disturbed}"
     if figures:
         lines += ["", "| measured | value |", "|---|---|"]
         lines += [f"| {name} | {text} |" for name, text in headline(figures)]

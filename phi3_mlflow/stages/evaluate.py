@@ -23,7 +23,7 @@ from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.evaluation import datasets
-from phi3_mlflow.evaluation.load import SPEEDS, measured_while, unsound
+from phi3_mlflow.evaluation.load import measured_while, unsound
 from phi3_mlflow.evaluation.metrics import HEADLINE
 from phi3_mlflow.evaluation.result import TEXTS_TAG, ModelFacts
 from phi3_mlflow.evaluation.sets import Sets, set_name
@@ -173,6 +173,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             verdict = result.verdict
             console.say(f"  {uri}: gate: {verdict.told}")
             measured = measured_while(result.metrics)
+            told = {SPEED_TAG} & registry.describe(version).tags.keys()
             if disturbed := unsound(result.metrics):
                 console.say(f"  its speed was {disturbed}, and is not on its card")
             console.say(f"  report: {report_file(entry, uri)}")
@@ -185,19 +186,15 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
                     registry.GATE_AGAINST: registry.number_of(verdict.against),
                     "evaluation_run": record.run_id,
                     TEXTS_TAG: record.texts_sha256,
-                    **({SPEED_TAG: measured} if measured else {}),
+                    **({SPEED_TAG: measured} if measured or told else {}),
                     **{key: _plain(value) for key, value in headline_metrics(result).items()},
                 },
             )
             tags = registry.describe(version).tags
             figures = headline_metrics(result)
-            if disturbed:
-                figures = {name: figures[name] for name in figures if name not in SPEEDS}
             report = runs.artifact_link(record.run_id, f"evaluation/{version.version}/report.html")
-            hardware = record.hardware
-            if disturbed:
-                hardware += f". Speed is left out: it was {disturbed}"
-            card = model_card(request.profile, tags, figures, hardware, uri, report)
+            profile, hardware = request.profile, record.hardware
+            card = model_card(profile, tags, figures, hardware, uri, report, disturbed)
             registry.set_description(version, card)
 
 

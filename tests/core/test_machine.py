@@ -65,6 +65,16 @@ def test_cores_are_what_the_quota_allows_and_never_none(
     assert machine.usable_cores() == min(cores, len(os.sched_getaffinity(0)))
 
 
+def test_what_shares_a_quota_is_counted_together(groups: Path) -> None:
+    assert machine.group_seconds() is None, "no group has one"
+    for group, quota, used in ((groups, "400000 100000", 9), (groups / "box", "200000 100000", 3)):
+        (group / "cpu.max").write_text(f"{quota}\n")
+        assert machine.group_seconds() is None, "the system does not say"
+        (group / "cpu.stat").write_text(f"usage_usec {used}500000\nuser_usec 1\n")
+        assert machine.group_seconds() == used + 0.5
+        (groups / "box" / "cpu.stat").unlink(missing_ok=True)
+
+
 def test_affinity_counts(monkeypatch: pytest.MonkeyPatch, groups: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     assert machine.usable_cores() == 1

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield pool
 
     monkeypatch.setattr(asking, "_process", thread)
+    monkeypatch.setattr(asking, "LoadWatch", lambda: SimpleNamespace(others=lambda: None))
     monkeypatch.setattr(asking, "connect", lambda: None)
     return begun
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3_mlflow.config.loading import load_profile
 from phi3_mlflow.evaluation import load
 from phi3_mlflow.evaluation.again import ROUNDS, time_again
 from phi3_mlflow.evaluation.answers import (
@@ -24,56 +23,98 @@ from phi3_mlflow.evaluation.answers import (
 )
 from phi3_mlflow.evaluation.gate import against_champion, check_thresholds
 from phi3_mlflow.evaluation.junit import junit_xml
-from phi3_mlflow.evaluation.load import LIMIT, OTHER_LOAD, LoadWatch, measured_while, unsound
+from phi3_mlflow.evaluation.load import (
+    LIMIT,
+    OTHER_LOAD,
+    LoadWatch,
+    Readings,
+    measured_while,
+    share_of_others,
+    unsound,
+)
 from phi3_mlflow.evaluation.report.bought import bought
 from phi3_mlflow.evaluation.settings import Bound, Margin
+from phi3_mlflow.stages.card import model_card
 from tests.evaluation.measurements import answer, measurement
 
 BUSY, QUIET = 0.5, 0.02
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, *readings: tuple[float, float, float]) -> float | None:
-    """What a watch says that finds these readings, a second apart."""
-    clock, found = iter((0.0, 1.0)), iter(readings)
-    monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(load, "_readings", lambda: next(found))
-    return LoadWatch().others()
+def counted(
+    busy: float, own: float, *, there: float = 2, group: float | None = None
+) -> tuple[Readings, Readings]:
+    """What a system with some cores counts within a second, and had counted before."""
+    start = None if group is None else 40.0
+    before = Readings(10.0, 100.0, 5.0, start)
+    return before, Readings(
+        10.0 + busy, 100.0 + there, 5.0 + own, None if start is None else start + (group or 0.0)
+    )
 
 
 @pytest.mark.parametrize(
     ("busy", "own", "share"), [(2.0, 2.0, 0.0), (2.0, 1.0, 0.5), (1.0, 1.2, 0.0), (2.0, 0.0, 1.0)]
 )
 def test_what_others_use_is_what_this_process_does_not(
-    monkeypatch: pytest.MonkeyPatch, busy: float, own: float, share: float
+    busy: float, own: float, share: float
 ) -> None:
-    found = watched(monkeypatch, (10.0, 100.0, 5.0), (10.0 + busy, 102.0, 5.0 + own))
+    assert share_of_others(*counted(busy, own), 1.0, 2) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("busy", "group", "share"),
+    [(34.0, 2.0, 0.0), (64.0, 2.0, 0.0), (3.0, 3.0, 0.5), (64.0, 3.0, 0.5), (2.0, 1.9, 0.0)],
+)
+def test_neighbours_disturb_a_container_where_they_leave_it_no_room(
+    busy: float, group: float, share: float
+) -> None:
+    """Two cores of 64 by quota, both in use by this process."""
+    found = share_of_others(*counted(busy, 2.0, there=64, group=group), 1.0, 2)
     assert found == pytest.approx(share)
 
 
-def test_a_system_that_counts_nothing_is_not_taken_for_a_quiet_one(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_machine_that_is_full_leaves_a_container_no_room() -> None:
+    assert share_of_others(*counted(64.0, 0.5, there=64, group=0.5), 1.0, 2) == pytest.approx(0.75)
+
+
+@given(
+    st.floats(0, 64), st.floats(0, 64), st.none() | st.floats(0, 64), st.integers(1, 64),
+    st.floats(0, 64),
+)  # fmt: skip
+def test_it_is_a_share_whatever_is_counted(
+    busy: float, own: float, group: float | None, cores: int, there: float
 ) -> None:
-    assert watched(monkeypatch, (0.0, 0.0, 5.0), (0.0, 0.0, 6.0)) is None
+    found = share_of_others(*counted(busy, own, there=there, group=group), 1.0, cores)
+    assert found is None or 0 <= found <= 1
 
 
-def test_too_short_a_time_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((0.0, 0.1))
+def test_a_system_that_counts_nothing_is_not_taken_for_a_quiet_one() -> None:
+    assert share_of_others(Readings(0, 0, 5), Readings(0, 0, 6), 1.0, 2) is None
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.1, None), (1.0, 0.5)])
+def test_too_short_a_time_tells_nothing(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, told: float | None
+) -> None:
+    clock, found = iter((0.0, seconds)), iter(counted(2.0 * seconds, seconds, there=2.0 * seconds))
     monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert LoadWatch().others() is None
+    monkeypatch.setattr(load, "_readings", lambda: next(found))
+    monkeypatch.setattr(load, "usable_cores", lambda: 2)
+    assert LoadWatch().others() == told
 
 
-def test_another_process_is_seen() -> None:
+def test_this_system_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_SHORTEST_S", 0.0)
     watch = LoadWatch()
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        time.sleep(1.0)
-    finally:
-        busy.kill()
-        busy.wait()
+    before = load._readings()
+    until = time.process_time() + 0.05
+    while time.process_time() < until:
+        pass
+    after = load._readings()
+    assert before.busy <= after.busy
+    assert before.whole <= after.whole
+    assert after.own > before.own
     others = watch.others()
-    if others is None:
-        pytest.skip("this system does not count its processor's time")
-    assert 0 < others <= 1
+    assert others is None or 0 <= others <= 1
 
 
 @given(st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=40))
@@ -200,3 +241,15 @@ def test_disturbed_speeds_are_not_what_int4_bought(mine: float, full: float, tol
     found = bought(metrics)
     assert told in found.rows[0].compared
     assert ("faster" in found.sentence) == (mine < LIMIT and full < LIMIT)
+
+
+@pytest.mark.parametrize(
+    "disturbed", ["", "measured while other programs used 50% of the processor"]
+)
+def test_a_disturbed_speed_is_not_on_the_card(disturbed: str) -> None:
+    figures = {"accuracy": 0.5, "tokens_per_second": 40.0, "time_to_first_token_s": 0.1}
+    profile = load_profile("smollm2-135m")
+    card = model_card(profile, {}, figures, "a machine", disturbed=disturbed)
+    assert "50.0%" in card
+    assert ("tokens/s" in card) == ("first token" in card) == (not disturbed)
+    assert ("Speed is left out: it was measured while" in card) == bool(disturbed)
