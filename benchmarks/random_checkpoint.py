@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
     "model_type": "phi3",
     "attention_bias": False,
@@ -137,7 +137,7 @@ def write_random_checkpoint(
     from phi3_mlflow.checkpoints.writer import Announced, CheckpointWriter
     from phi3_mlflow.quantization.description import COMPANIONS
 
-    config = {**_COMMON, **MODELS[model]}
+    config = {**COMMON, **MODELS[model]}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 DEFAULT_ALGORITHM = "k_quant_mixed"
 DEFAULT_DAMPING = 0.01
-TRAINED_ROWS = 0.0
+TRAINED_ROWS = 0.25
 """Share of the calibration that is training rows, for a fine-tuned checkpoint."""
 
 Algorithm = Literal["rtn", "k_quant", "k_quant_mixed", "gptq"]
