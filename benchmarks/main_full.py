@@ -2,12 +2,14 @@
 
     python benchmarks/main_full.py phi-3-mini-4k --work DIR
     python benchmarks/main_full.py phi-3-medium-4k --work DIR --tokenizer PHI3_TOKENIZER_DIR
+    python benchmarks/main_full.py phi-3-mini-4k --work DIR --widened SMALL_CHECKPOINT
 
-Writes a checkpoint of random weights in the real shapes into DIR (unless there is one) and runs
-`main` on it with the model's own profile, an empty step cache and an empty tracking store, as a
-user would. The gate refuses the result, because the model says nothing sensible; every step before
-it does what it does with real weights. --tokenizer gives the texts the length in tokens that they
-have for Phi-3; without one they are read byte by byte, which is three to four times as many.
+Writes a checkpoint in the real shapes into DIR (unless there is one) and runs `main` on it with the
+model's own profile, an empty step cache and an empty tracking store, as a user would. Weights are
+random, and the gate refuses what says nothing sensible; or they are a small model's, widened
+(widened_checkpoint.py), whose answers and perplexity have to be the small model's own. --tokenizer
+gives the texts the length in tokens that they have for Phi-3; without one random weights read them
+byte by byte, which is three to four times as many.
 
 Memory is that of all processes of the line together at their highest point within the step: what is
 resident and no mapped file (which the system takes back when it is wanted), and with those besides.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -32,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from _result import Cell, write_result  # noqa: E402
 from random_checkpoint import MODELS, write_random_checkpoint  # noqa: E402
+from widened_checkpoint import write_widened_checkpoint  # noqa: E402
 
 from phi3_mlflow.core.errors import EXIT_DONE, EXIT_GATE  # noqa: E402
 
@@ -115,7 +119,7 @@ def run(profile: Path, work: Path) -> tuple[int, Line, float]:
 
 
 def profile_of(model: str, checkpoint: Path, work: Path) -> Path:
-    """The model's own profile, with this folder as its source."""
+    """The model's own profile, with this folder as its source and the sizes that it has."""
     import yaml
 
     settings = yaml.safe_load((ROOT / "configs" / f"{model}.yaml").read_text(encoding="utf-8"))
@@ -123,6 +127,8 @@ def profile_of(model: str, checkpoint: Path, work: Path) -> Path:
     settings.pop("remote_code", None)
     settings.pop("sha256", None)
     settings.pop("train", None)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings["architecture"] = {key: config[key] for key in settings["architecture"]}
     path = work / f"{model}-random.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return path
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("--work", type=Path, required=True, help="an empty folder on a roomy disk")
     parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer files to copy")
+    parser.add_argument("--widened", type=Path, help="a small checkpoint to take for the weights")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--name", help="of the result; main_full_MODEL when left out")
     parser.add_argument("--out", type=Path, help="folder of the result")
@@ -154,7 +161,10 @@ def main() -> None:
     work = args.work.resolve()
     checkpoint = work / "checkpoint"
     if not (checkpoint / "config.json").is_file():
-        write_random_checkpoint(args.model, checkpoint, args.tokenizer, args.layers)
+        if args.widened:
+            write_widened_checkpoint(args.widened, args.model, checkpoint, args.layers)
+        else:
+            write_random_checkpoint(args.model, checkpoint, args.tokenizer, args.layers)
     code, line, seconds = run(profile_of(args.model, checkpoint, work), work)
     if code not in (EXIT_DONE, EXIT_GATE):
         sys.exit(f"main ended with code {code}")
@@ -178,13 +188,14 @@ def main() -> None:
     resident = max(one.resident for one in line.memory.values())
     rows.append(["all", most.anonymous / 1e9, resident / 1e9, round(seconds, 1), None, None])
     layers = args.layers or MODELS[args.model]["num_hidden_layers"]
+    weights = "A small model, widened" if args.widened else "Random weights"
+    verdict = "refused" if code else "promoted"
     write_result(
         args.name or f"main_full_{args.model.replace('-', '_')}",
         f"`main` on {args.model}'s shapes, {layers} layers, from fetch to verdict",
         ["step", "peak GB", "with mapped files GB", "seconds", "GB read", "GB written"],
         rows,
-        notes=f"Random weights; exit code {code} ({'refused' if code else 'promoted'}). Memory of "
-        "all processes together; GB is 10^9 bytes.",
+        notes=f"{weights}; the gate {verdict} it. Memory of all processes together; GB: 10^9.",
         extra={"metrics": metrics},
         directory=args.out,
     )
