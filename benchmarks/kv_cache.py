@@ -27,7 +27,8 @@ RUN = """
 import json, random, sys, time
 from pathlib import Path
 from phi3_mlflow.core.meter import peak_rss_bytes
-from phi3_mlflow.flavors.onnx import kv_cache, rope_switch
+from phi3_mlflow.flavors.onnx import rope_switch
+from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.runtime.engine import EngineSettings
 from phi3_mlflow.runtime.engine_genai import GenaiEngine
 

@@ -28,6 +28,9 @@ FEWEST_TIMED = 8
 TASK = "task"
 """Category of the questions that validation rows become; they are counted apart, too."""
 
+TOKENS_TO_SPARE = 32
+"""An answer to one of them may be so much longer than what is wanted before it is cut off."""
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -42,14 +42,15 @@ def measure_checkpoint(
         sets: questions, texts and the task; what is empty is not measured. Long prompts are not
             asked.
         window: tokens of a text that are scored in one piece.
-        store: where what the checkpoint makes of texts and rows is kept; None keeps nothing.
+        store: where what the checkpoint makes of texts and rows is kept, and its answers where it
+            is not loaded as a whole; None keeps nothing.
 
     Returns:
         Answers and scores as of a version, without speeds and memory: answers come in batches.
     """
     asked = [*sets.questions, *(sets.task.questions if sets.task else ())]
     with show_progress("full precision", len(asked), "answered") as bar:
-        everything = answer_all(checkpoint, asked, bar)
+        everything = answer_all(checkpoint, asked, bar, store=store)
     scores = text_scores(checkpoint, sets.texts, window, store) if sets.texts else ()
     task = loss_on_task(checkpoint, sets.task, store) if sets.task else ()
     answers = tuple(answer for answer in everything if answer.category != CATEGORY)

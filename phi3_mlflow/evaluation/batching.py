@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.evaluation.answers import NEEDLE, TASK
 from phi3_mlflow.evaluation.logits import ONNX_CONFIG, size_of
+from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.runtime.genai_config import GenaiConfig
 
 if TYPE_CHECKING:
@@ -189,6 +190,15 @@ def room_for_batch(size: float, free: int | None) -> int:
     return max(0, min(CACHE_BYTES, (free - int(_WEIGHTS * size)) // 2))
 
 
+def room_for_answers(free: int | None) -> int:
+    """Bytes for the keys and values of answers whose model is not in memory.
+
+    Args:
+        free: memory that is available; None where that is not known.
+    """
+    return CACHE_BYTES if free is None else max(0, min(CACHE_BYTES, free // 2))
+
+
 def rows_together(asking: Asking, model: Path, lengths: Sequence[int]) -> int:
     """How many questions a model is asked together; 1: one after the other.
 
@@ -202,6 +212,7 @@ def rows_together(asking: Asking, model: Path, lengths: Sequence[int]) -> int:
     size = size_of(model)
     if not is_large(asking, size):
         return 1
-    token_bytes = 4 * GenaiConfig.read(model).decoder.token_values
+    item = 1 if kv_cache(model) == "int8" else 4
+    token_bytes = item * GenaiConfig.read(model).decoder.token_values
     room = room_for_batch(size, available_memory())
     return rows_that_fit(lengths, most_together(asking), token_bytes, room)

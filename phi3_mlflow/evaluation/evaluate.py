@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
-from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import ProjectError
 from phi3_mlflow.core.machine import available_memory
@@ -42,9 +40,10 @@ from phi3_mlflow.evaluation.measure import (
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.metrics import BASE, FULL
 from phi3_mlflow.evaluation.paired import FEWEST_QUESTIONS, TIMED
-from phi3_mlflow.evaluation.reference import answer_all, answer_alone
+from phi3_mlflow.evaluation.reference import answer_all, answer_alone, whole_bytes
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report
 from phi3_mlflow.evaluation.result import Evaluation, ModelFacts
+from phi3_mlflow.evaluation.room import fits_well
 from phi3_mlflow.evaluation.task import gain_kept, training_curve
 from phi3_mlflow.tracking import registry
 
@@ -151,24 +150,26 @@ class Evaluator:
         """What full precision itself says to the questions, how fast, in how much memory.
 
         In size full only, because it says some ten tokens per second, and where the model as a
-        whole fits well into memory, unless the profile says otherwise. Once per checkpoint.
+        whole fits well into memory, unless the profile says otherwise. Once per checkpoint. One
+        question at a time only where it fits: else its speed would be that of the disk.
         """
         wanted = self.settings.size == "full" and self.settings.reference_answers != "never"
         if not wanted or not self.sets.questions:
             return None
-        if self.settings.reference_answers == "auto" and not _fits_well(self.reference.path):
+        if self.settings.reference_answers == "auto" and not _worth_asking(self.reference.path):
             return None
         questions = self.sets.digests()["questions_sha256"]
         parts = {"full_precision": self.reference.digest, "questions": questions}
         return kept(parts, self._ask_full, self.store, known=bool(self.reference.digest))[0]
 
     def _ask_full(self) -> Measurement:
-        asked = self.sets.questions
-        alone = spread(asked, TIMED_QUESTIONS)
-        with show_progress("full precision, one at a time", len(alone), "answered") as bar:
-            timed = answer_alone(self.reference.path, alone, bar)
+        asked, timed = self.sets.questions, None
+        if fits_well(whole_bytes(self.reference.path), available_memory()):
+            alone = spread(asked, TIMED_QUESTIONS)
+            with show_progress("full precision, one at a time", len(alone), "answered") as bar:
+                timed = answer_alone(self.reference.path, alone, bar)
         with show_progress("full precision, many together", len(asked), "answered") as bar:
-            answers = answer_all(self.reference.path, asked, bar)
+            answers = answer_all(self.reference.path, asked, bar, store=self.store)
         told = Answers(answers, load_seconds=0.0, peak_memory_bytes=0).metrics()
         metrics = {name: told[name] for name in OF_ANSWERS}
         if timed is not None:
@@ -263,19 +264,15 @@ class Evaluator:
         return found
 
 
-def _fits_well(checkpoint: Path) -> bool:
-    """Whether a model takes at most half of the free memory in float32; says so where it does not.
-
-    A greedy answer reads all of it for every token, so one that is swapped out never ends.
-    """
-    reader, free = CheckpointReader(checkpoint), available_memory()
-    needed = 4 * sum(prod(reader.shape(name)) for name in reader)
-    if free is None or needed <= free / 2:
+def _worth_asking(checkpoint: Path) -> bool:
+    """Whether a model fits well into memory as a whole; says so where it does not."""
+    needed, free = whole_bytes(checkpoint), available_memory()
+    if fits_well(needed, free):
         return True
     console.say(
         f"  full precision is not asked for answers of its own: as a whole it takes "
-        f"{needed / 1e9:.1f} GB of memory, which are read for every token of an answer, and "
-        f"{free / 1e9:.1f} GB are free. With evaluation.reference_answers: always in the profile "
-        "it is asked all the same."
+        f"{needed / 1e9:.1f} GB of memory, and {(free or 0) / 1e9:.1f} GB are free. With "
+        "evaluation.reference_answers: always in the profile it is asked all the same, layer by "
+        "layer; a dry run says roughly how long that takes."
     )
     return False

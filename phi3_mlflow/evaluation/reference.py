@@ -1,4 +1,8 @@
-"""What a full-precision checkpoint itself answers, through transformers, many questions at once."""
+"""What a full-precision checkpoint itself answers, many questions at once.
+
+Through transformers, with the model as a whole in float32; or, where that does not fit well into
+memory, in passes through its layers.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,77 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.endings import ending_of
+from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.core.meter import peak_rss_bytes
 from phi3_mlflow.core.progress import hide_bars_of_transformers, no_progress
-from phi3_mlflow.evaluation.answers import Answer, judged, repeats
 from phi3_mlflow.evaluation.divergence import batches
 from phi3_mlflow.evaluation.load import LoadWatch
+from phi3_mlflow.evaluation.prompted import Prompter
+from phi3_mlflow.evaluation.room import BATCH_TOKENS, fits_well
+from phi3_mlflow.evaluation.streamed_answers import answer_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
+    from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.core.progress import Meter
+    from phi3_mlflow.evaluation.answers import Answer
     from phi3_mlflow.evaluation.items import Question
 
-_BATCH_TOKENS = 4096  # of prompts and answers computed together, padding included
+
+def whole_bytes(checkpoint: Path) -> int:
+    """What a model takes as a whole, in float32."""
+    reader = CheckpointReader(checkpoint)
+    return 4 * sum(prod(reader.shape(name)) for name in reader)
 
 
 def answer_all(
     checkpoint: Path,
     questions: Sequence[Question],
     progress: Meter,
-    batch_tokens: int = _BATCH_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    store: StepCache | None = None,
 ) -> tuple[Answer, ...]:
-    """Ask a Hugging Face checkpoint, greedily.
+    """Ask a Hugging Face checkpoint, greedily, in whichever way fits the memory that is free.
+
+    Args:
+        checkpoint: the folder, with its tokenizer and chat template.
+        questions: what to ask.
+        progress: counts the questions.
+        batch_tokens: of prompts and answers computed together, padding included, where the model is
+            in memory.
+        store: where answers are kept that were given in passes; None keeps nothing.
+
+    Returns:
+        One answer per question, in the same order. The times are shares of those of many, and say
+        nothing about a single request.
+    """
+    size, free = whole_bytes(checkpoint), available_memory()
+    if fits_well(size, free):
+        return _answer_in_memory(checkpoint, questions, progress, batch_tokens)
+    console.say(
+        f"  full precision answers layer by layer: as a whole it takes {size / 1e9:.1f} GB of "
+        f"memory, and {(free or 0) / 1e9:.1f} GB are free"
+    )
+    return answer_streamed(checkpoint, questions, progress, store)
+
+
+def _answer_in_memory(
+    checkpoint: Path, questions: Sequence[Question], progress: Meter, batch_tokens: int
+) -> tuple[Answer, ...]:
+    """Ask a checkpoint through transformers.
 
     Questions of like length are computed together: a step for many costs little more than a step
-    for one, because reading the weights is what takes the time. The times of the answers are
-    therefore shares of their batch's, and say nothing about a single request.
+    for one, because reading the weights is what takes the time.
 
     Args:
         checkpoint: the folder, with its tokenizer and chat template.
@@ -45,41 +88,25 @@ def answer_all(
         progress: counts the questions.
         batch_tokens: of prompts and answers computed together, padding included; 1 asks one
             question after another, and the times are theirs.
-
-    Returns:
-        One answer per question, in the same order.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     hide_bars_of_transformers()
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        str(checkpoint), trust_remote_code=False, padding_side="left"
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    prompter = Prompter(checkpoint)
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(checkpoint), dtype=torch.float32, trust_remote_code=False, use_safetensors=True
     )
     model.eval()
-    prompts = [
-        tokenizer.apply_chat_template(
-            [message.model_dump() for message in question.messages],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for question in questions
-    ]
+    prompts = [prompter.prompt(question) for question in questions]
     lengths = [
-        len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + question.max_tokens
+        len(prompter.ids(prompt)) + question.max_tokens
         for prompt, question in zip(prompts, questions, strict=True)
     ]
     answers: dict[int, Answer] = {}
     for group in batches(lengths, batch_tokens):
-        made = _together(
-            model, tokenizer, [prompts[i] for i in group], [questions[i] for i in group]
-        )
-        answers.update(zip(group, made, strict=True))
+        some = [(prompts[index], questions[index]) for index in group]
+        answers.update(zip(group, _together(model, prompter, some), strict=True))
         share = sum(lengths[index] for index in group) / sum(lengths)
         progress.advance(len(group), share * len(questions))
     return tuple(answers[index] for index in range(len(questions)))
@@ -116,48 +143,41 @@ def answer_alone(
 
 def _alone(checkpoint: Path, questions: Sequence[Question]) -> tuple[tuple[Answer, ...], int]:
     with no_progress("full precision", len(questions)) as bar:  # the parent shows how far it is
-        answers = answer_all(checkpoint, questions, bar, batch_tokens=1)
+        answers = _answer_in_memory(checkpoint, questions, bar, batch_tokens=1)
     return answers, peak_rss_bytes()
 
 
 def _together(
-    model: Any, tokenizer: Any, prompts: list[str], questions: list[Question]
+    model: Any, prompter: Prompter, asked: Sequence[tuple[str, Question]]
 ) -> list[Answer]:
-    """The answers to some questions, computed as one batch."""
+    """The answers to some questions, each with its prompt, computed as one batch."""
     import torch
 
     start, watch = time.monotonic(), LoadWatch()
-    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    tokenizer = prompter.tokenizer
+    inputs = tokenizer(
+        [prompt for prompt, _ in asked], add_special_tokens=False, padding=True, return_tensors="pt"
+    )
     with torch.inference_mode():
         made = model.generate(
             **inputs,
-            max_new_tokens=max(question.max_tokens for question in questions),
+            max_new_tokens=max(question.max_tokens for _, question in asked),
             do_sample=False,
+            eos_token_id=sorted(prompter.ends) or None,
             pad_token_id=tokenizer.pad_token_id,
         )
-    seconds, others = (time.monotonic() - start) / len(questions), watch.others()
+    seconds, others = (time.monotonic() - start) / len(asked), watch.others()
     width = inputs["input_ids"].shape[1]
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
     answers = []
-    for row, question in enumerate(questions):
-        tokens = made[row, width:].tolist()[: question.max_tokens]
-        stop = next((at for at, token in enumerate(tokens) if token in ends), None)
-        said = tokens if stop is None else tokens[:stop]
-        text = tokenizer.decode(said, skip_special_tokens=True)
-        answer = Answer(
-            question_id=question.id,
-            category=question.category,
-            text=text,
-            correct=False,
-            seconds=seconds,
-            first_seconds=None,
+    for row, (_, question) in enumerate(asked):
+        said, ended = prompter.said(made[row, width:].tolist(), question.max_tokens)
+        answer = prompter.answer(
+            question,
+            said,
+            ended=ended,
             prompt_tokens=int(inputs["attention_mask"][row].sum()),
-            completion_tokens=len(said),
-            finish_reason="length" if stop is None else "stop",
-            repeats=repeats(text),
-            alone=len(questions) == 1,
-            others=others,
+            seconds=seconds,
+            alone=len(asked) == 1,
         )
-        answers.append(judged(answer, question))
+        answers.append(replace(answer, others=others))
     return answers

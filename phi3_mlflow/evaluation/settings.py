@@ -63,8 +63,9 @@ class EvaluationSettings(Section):
     reference_answers: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="in size full, whether full precision itself is asked all questions, once per "
-        "checkpoint, so that its right answers, speed and memory stand beside the version's; it "
-        "is loaded as a whole for that. auto: where it takes at most half of the free memory",
+        "checkpoint, so that its right answers, speed and memory stand beside the version's. "
+        "auto: where it takes at most half of the free memory as a whole, in float32. always: "
+        "of a larger one too, layer by layer, which takes long and tells no speed and memory",
     )
     batch: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
         default="auto",

@@ -194,19 +194,23 @@ def _parts(
     checkpoint: Path, pieces: Sequence[Array], dtype: torch.dtype, store: StepCache
 ) -> dict[str, Any]:
     """Everything that decides the states."""
-    entry = store.holding(checkpoint)
-    weights = {
-        file.name: (entry and entry.manifest.sha256_of(file.name)) or sha256_of_file(file)
-        for file in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
-    }
     texts = hashlib.sha256()
     for piece in pieces:
         texts.update(f"{len(piece)} ".encode() + piece.astype("<i4").tobytes())
     computing = closure((final_states.__module__, Decoder.__module__))
     return {
-        "checkpoint": weights,
+        "checkpoint": weights_of(checkpoint, store),
         "texts": texts.hexdigest(),
         "arithmetic": str(dtype),
         "code": computing.hashes(),
         "libraries": library_versions([computing]),
+    }
+
+
+def weights_of(checkpoint: Path, store: StepCache) -> dict[str, str]:
+    """The hash of each file that decides what a checkpoint computes, as hex."""
+    entry = store.holding(checkpoint)
+    return {
+        file.name: (entry and entry.manifest.sha256_of(file.name)) or sha256_of_file(file)
+        for file in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from phi3_mlflow.core.errors import UserError
-from phi3_mlflow.evaluation.answers import TASK
+from phi3_mlflow.evaluation.answers import TASK, TOKENS_TO_SPARE
 from phi3_mlflow.evaluation.checks import (
     Check,
     ExactCheck,
@@ -47,7 +47,6 @@ CATEGORY = TASK
 
 Kind = Literal["auto", "text", "json"]
 
-_TOKENS_TO_SPARE = 32  # an answer may be so much longer than what is wanted before it is cut off
 _LONGEST_ANSWER = 4096  # tokens
 
 
@@ -151,7 +150,7 @@ def _question(row: _Row, tokens: int, kind: Kind) -> Question:
                 "category": CATEGORY,
                 "messages": [said.model_dump() for said in asked],
                 "check": row.check or check_for(wanted.content, kind),
-                "max_tokens": min(tokens + _TOKENS_TO_SPARE, _LONGEST_ANSWER),
+                "max_tokens": min(tokens + TOKENS_TO_SPARE, _LONGEST_ANSWER),
             }
         )
     except ValidationError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.flavors import bundle
+from phi3_mlflow.genai.kept import kv_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,15 +146,6 @@ class _OnnxFlavor:
         mlflow_model.model_size_bytes = get_total_file_size(folder)
         mlflow_model.save(str(folder / MLMODEL_FILE_NAME))
         self.digest = bundle.list_files(folder)
-
-
-def kv_cache(onnx_dir: Path) -> str:
-    """`float32` or `int8`: what the graph keeps keys and values as."""
-    import onnx
-
-    graph = onnx.load(onnx_dir / "model.onnx", load_external_data=False).graph
-    kinds = {value.type.tensor_type.elem_type for value in graph.input}
-    return "int8" if onnx.TensorProto.INT8 in kinds else "float32"
 
 
 def rope_switch(onnx_dir: Path) -> int:

@@ -82,18 +82,48 @@ class Decoder:
         cosines, sines = self._rotary(torch.empty(0), positions)
         return cosines, sines
 
+    @property
+    def rope_switch(self) -> int:
+        """The length beyond which LongRoPE has its long factors; 0 for models without it."""
+        rope = self.config.rope_parameters
+        if rope["rope_type"] != "longrope":
+            return 0
+        return int(rope["original_max_position_embeddings"])
+
+    def rotary_at(
+        self, positions: torch.Tensor, *, beyond: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions, int64 (places,), float32 (places, rotated).
+
+        Args:
+            positions: of places in texts of whatever lengths.
+            beyond: whether these texts are longer than `rope_switch`.
+        """
+        # The largest position decides, so one is added that is as the texts are.
+        decisive = torch.tensor([self.rope_switch if beyond else 0])
+        cosines, sines = self._rotary(torch.empty(0), torch.cat([positions, decisive])[None])
+        return cosines[0, :-1], sines[0, :-1]
+
+    @property
+    def window(self) -> int | None:
+        """How many places a place looks at, itself among them; None: all before it."""
+        window = getattr(self.config, "sliding_window", None)
+        return None if window is None else int(window)
+
     def mask(self, length: int) -> torch.Tensor | None:
         """Which places each place of a text looks at, bool (1, 1, length, length).
 
         None where that is all before it and itself: no window, or one that is longer.
         """
-        window = getattr(self.config, "sliding_window", None)
-        if window is None or length <= window:
+        if self.window is None or length <= self.window:
             return None
-        here = torch.arange(length)
-        back = here[:, None] - here[None, :]
-        seen: torch.Tensor = (back >= 0) & (back < window)
-        return seen[None, None]
+        return self.seen(torch.arange(length), torch.arange(length))[None, None]
+
+    def seen(self, places: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Which other places (B,) of a text its places (A,) look at, bool (A, B)."""
+        back = places[:, None] - others[None, :]
+        seen: torch.Tensor = back >= 0
+        return seen if self.window is None else seen & (back < self.window)
 
     def embed(self, tokens: torch.Tensor, states: States, part: int = 4096) -> None:
         """Fill states with the embeddings of token ids (places,); only rows that occur are kept."""
@@ -107,6 +137,12 @@ class Decoder:
         table = torch.cat(found)
         for start, stop in states.parts(part):
             states.write(start, table[which[start:stop]].to(torch.float32))
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The embeddings of a few token ids (places,), float32 (places, hidden)."""
+        wanted, which = torch.unique(tokens, return_inverse=True)
+        table = [self.reader.read(EMBEDDING, slice(row, row + 1)) for row in wanted.tolist()]
+        return torch.cat(table).to(torch.float32)[which]
 
     def norm(self, states: torch.Tensor) -> torch.Tensor:
         """What the head sees of hidden states (..., hidden)."""

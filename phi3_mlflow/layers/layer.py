@@ -54,7 +54,8 @@ class Layer:
         dtype: torch.dtype = torch.float32,
         adapt: Adapt | None = None,
     ) -> None:
-        self._decoder, self._dtype, self._adapt = decoder, dtype, adapt
+        self._decoder, self._number = decoder, number
+        self._dtype, self._adapt = dtype, adapt
         self._names = {module: f"model.layers.{number}.{module}.weight" for module in modules}
         self._weights = {module: self._read(module) for module in modules}
 

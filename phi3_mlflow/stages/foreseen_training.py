@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.machine import whole_memory
+from phi3_mlflow.evaluation.answers import TOKENS_TO_SPARE
+from phi3_mlflow.evaluation.batching import Expected
 from phi3_mlflow.layers.room import IN_MEMORY, PASS_TOKENS
 from phi3_mlflow.rows.location import is_uri, local_path
 from phi3_mlflow.stages.foreseen import Foreseen
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.core.rates import Rates
     from phi3_mlflow.stages.foreseen import Model
     from phi3_mlflow.training.conversations import Conversation
+    from phi3_mlflow.training.data import TrainingData
     from phi3_mlflow.training.settings import TrainSettings
 
 _LETTERS_PER_TOKEN = 4
@@ -83,12 +86,38 @@ def training(settings: TrainSettings, model: Model, rates: Rates) -> Foreseen:
 
 def rows_here(settings: TrainSettings) -> Rows | None:
     """The rows, as far as they lie on this machine and can be read; the step says what is wrong."""
+    found = _loaded_here(settings)
+    if found is None:
+        return None
+    # Longer ones are left out.
+    lengths = [n for n in _lengths(found.train) if n <= settings.max_length]
+    aside = [n for n in _lengths(found.validation) if n <= settings.max_length]
+    return Rows(len(lengths), sum(lengths), max(lengths, default=0), sum(aside))
+
+
+def task_here(settings: TrainSettings, most: int) -> list[Expected]:
+    """What the questions of the task take, that the rows set aside become, if they are known.
+
+    Args:
+        settings: the profile's section `train`.
+        most: rows that are asked at most.
+    """
+    found = _loaded_here(settings)
+    takes = []
+    for row in found.validation[:most] if found else ():
+        answer = len(row.messages[-1].content) // _LETTERS_PER_TOKEN
+        (whole,) = _lengths([row])
+        takes.append(Expected(whole - answer, answer + TOKENS_TO_SPARE))
+    return takes
+
+
+def _loaded_here(settings: TrainSettings) -> TrainingData | None:
     data, given = _here(settings.data), settings.validation
     validation = _here(given) if given else None
     if data is None or (given and validation is None):
         return None
     try:
-        found = load_training(
+        return load_training(
             data,
             format=settings.format,
             validation=validation,
@@ -96,10 +125,6 @@ def rows_here(settings: TrainSettings) -> Rows | None:
         )
     except (UserError, OSError):
         return None
-    # Longer ones are left out.
-    lengths = [n for n in _lengths(found.train) if n <= settings.max_length]
-    aside = [n for n in _lengths(found.validation) if n <= settings.max_length]
-    return Rows(len(lengths), sum(lengths), max(lengths, default=0), sum(aside))
 
 
 def has_gpu() -> bool:

@@ -14,7 +14,7 @@ from phi3_mlflow.checkpoints.reader import CheckpointReader, read_config
 from phi3_mlflow.core.errors import CheckpointRefused, EnvironmentProblem, UserError, problem_list
 from phi3_mlflow.core.machine import available_memory, free_disk
 from phi3_mlflow.core.rates import Rates, measure_rates
-from phi3_mlflow.evaluation.batching import Asking, is_large, most_together
+from phi3_mlflow.evaluation.batching import Asking, Expected, is_large, most_together
 from phi3_mlflow.layers.room import IN_MEMORY
 from phi3_mlflow.quantization.effort import NEAREST, SEARCHED, head_effort, layer_effort
 from phi3_mlflow.quantization.plan import LinearPlan, make_plan
@@ -22,7 +22,8 @@ from phi3_mlflow.quantization.preflight import LIBRARIES, Needs, needs_of
 from phi3_mlflow.quantization.settings import GptqSettings, QuantizationSettings, RtnSettings
 from phi3_mlflow.stages.evaluate import load_sets
 from phi3_mlflow.stages.foreseen import Foreseen, Model
-from phi3_mlflow.stages.foreseen_training import training
+from phi3_mlflow.stages.foreseen_answers import full_precision
+from phi3_mlflow.stages.foreseen_training import task_here, training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import StepCache
     from phi3_mlflow.config.parameters import Request
     from phi3_mlflow.config.profile import Profile
+    from phi3_mlflow.evaluation.items import Question
     from phi3_mlflow.quantization.plan import QuantizationPlan
 
 _LETTERS_PER_TOKEN = 4
@@ -90,9 +92,6 @@ def foresee(profile: Profile, model: Model, rates: Rates) -> dict[str, Foreseen]
     logged = onnx + (model.nbytes if profile.flavor != "onnx" else 0)
     found["log"] = Foreseen(LIBRARIES, logged, seconds=2 * logged / rates.disk)
     found["evaluate"] = _evaluated(profile, model, onnx or 2 * model.nbytes, rates)
-    if profile.train is not None:  # the base before training is asked as a whole, in float32
-        whole = LIBRARIES + 4 * model.weights
-        found["evaluate"] = replace(found["evaluate"], memory=max(found["evaluate"].memory, whole))
     return found
 
 
@@ -201,12 +200,11 @@ def _compared(profile: Profile, model: Model, candidate: int, rates: Rates) -> F
 def _evaluated(profile: Profile, model: Model, candidate: int, rates: Rates) -> Foreseen:
     sets = load_sets(profile)
     compared = _compared(profile, model, candidate, rates)
-    answers = sum(question.max_tokens for question in sets.questions) * _ANSWERED
-    asked = sum(
-        len(message.content) // _LETTERS_PER_TOKEN
-        for question in sets.questions
-        for message in question.messages
-    )
+    general = [_expected(question) for question in sets.questions]
+    task = task_here(profile.train, profile.evaluation.task_rows) if profile.train else []
+    both = [*general, *task]
+    answers = sum(takes.answer for takes in both) * _ANSWERED
+    asked = sum(takes.prompt for takes in both)
     asked += sum(needle.target_tokens for needle in sets.fitting())
     longest = max([512, *(needle.target_tokens for needle in sets.fitting())])
     kept = longest * model.cached // (4 if profile.runtime.kv_cache == "int8" else 1)
@@ -215,9 +213,17 @@ def _evaluated(profile: Profile, model: Model, candidate: int, rates: Rates) -> 
     if profile.makes_onnx and is_large(asking, candidate):
         # The weights are read once for several answers, and computed for each.
         token = max(token / most_together(asking), model.products / rates.products)
+    asked += sum(takes.tokens for takes in task)  # the loss on the same rows
     speaking = answers * token + asked * model.products / rates.products
+    texts = sum(len(text.text) for text in sets.texts) // _LETTERS_PER_TOKEN
+    full = full_precision(profile, model, general, task, texts, rates, available_memory())
     return replace(
         compared,
-        memory=max(compared.memory, LIBRARIES + candidate + kept),
-        seconds=(compared.seconds or 0) + speaking,
+        memory=max(compared.memory, LIBRARIES + candidate + kept, full.memory),
+        seconds=(compared.seconds or 0) + speaking + (full.seconds or 0),
     )
+
+
+def _expected(question: Question) -> Expected:
+    letters = sum(len(message.content) for message in question.messages)
+    return Expected(letters // _LETTERS_PER_TOKEN, question.max_tokens)

@@ -57,7 +57,9 @@ def test_when_it_is_asked(
     shown = [SimpleNamespace(id="q1")]
     monkeypatch.setattr(evaluate, "worst_answers", lambda *given: shown)
     monkeypatch.setattr(
-        evaluate, "answer_all", lambda folder, some, bar: [answer(int(q.id[1:])) for q in some]
+        evaluate,
+        "answer_all",
+        lambda folder, some, bar, store: [answer(int(q.id[1:])) for q in some],
     )
     monkeypatch.setattr(evaluate, "answer_alone", lambda *given: None)
     monkeypatch.setattr(evaluate, "available_memory", lambda: free)

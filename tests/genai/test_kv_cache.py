@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from phi3_mlflow.flavors.onnx import kv_cache, rope_switch
+from phi3_mlflow.flavors.onnx import rope_switch
 from phi3_mlflow.genai.export import export_onnx
+from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.genai.kv_cache import most_of_keys, scale
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import RtnSettings

@@ -11,6 +11,7 @@ from benchmarks.random_checkpoint import MODELS
 from phi3_mlflow.artifacts.cache import StepCache
 from phi3_mlflow.config.loading import load_profile, profile_names
 from phi3_mlflow.config.parameters import read_request
+from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.rates import Rates, measure_rates
@@ -123,6 +124,54 @@ def test_large_models_answer_together_and_sooner() -> None:
         foresee(p, model_of(name), QUIET)["evaluate"].seconds for p in (load_profile(name), alone)
     ]
     assert (times[0] or 0) < 0.9 * (times[1] or 0)
+
+
+def tickets(folder: Path, **more: object) -> Profile:
+    """A fine-tuned profile of Phi-3-mini with 2,000 rows, 200 of them set aside."""
+    rows = {"train.data": str(rows_in(folder, 2000, 400)), "train.validation_share": 0.1}
+    return load_profile("phi-3-mini-4k", {**rows, **more})
+
+
+def test_a_fine_tuned_version_is_evaluated_beside_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("phi-3-mini-4k")
+    monkeypatch.setattr(foreseen_training, "has_gpu", lambda: False)
+    found = {}
+    for free in (64, 20):
+        monkeypatch.setattr(foresight, "available_memory", lambda free=free: free * 10**9)
+        found[free] = foresee(tickets(tmp_path), model, QUIET)["evaluate"]
+        plain = foresee(load_profile("phi-3-mini-4k"), model, QUIET)["evaluate"]
+        # 200 rows are asked of the version, the base and the fine-tuned checkpoint.
+        assert (found[free].seconds or 0) > (plain.seconds or 0) + 3 * 200 * 130 * 0.074
+    assert found[64].memory > 4 * model.weights
+    assert 2 * 2**30 < found[20].memory < 5e9, "in passes: keys, values and a few megabytes"
+    little = foresee(tickets(tmp_path, **{"evaluation.task_rows": 20}), model, QUIET)["evaluate"]
+    assert (little.seconds or 0) < 0.5 * (found[20].seconds or 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "free", "more"),
+    [
+        ("full", "auto", 64, True),
+        ("full", "auto", 20, False),
+        ("full", "always", 20, True),
+        ("full", "never", 64, False),
+        ("quick", "always", 64, False),
+    ],
+)
+def test_answers_of_the_reference_are_foreseen_where_they_are_asked_for(
+    size: str, wanted: str, free: int, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "available_memory", lambda: free * 10**9)
+    sizes = {"evaluation.size": size, "evaluation.reference_answers": wanted}
+    model = model_of("phi-3-mini-4k")
+    asked = foresee(load_profile("phi-3-mini-4k", sizes), model, QUIET)["evaluate"]
+    never = {**sizes, "evaluation.reference_answers": "never"}
+    without = foresee(load_profile("phi-3-mini-4k", never), model, QUIET)["evaluate"]
+    assert ((asked.seconds or 0) > 1.2 * (without.seconds or 0)) is more
+    if free < 32:
+        assert asked.memory < 8e9
 
 
 def test_main_refuses_to_train_before_the_download(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlflow
 
 from phi3_mlflow.config.parameters import read_request
-from phi3_mlflow.flavors.onnx import kv_cache
+from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.stages import export, fetch, log, quantize
 from tests.conftest import Workspace

@@ -1,0 +1,20 @@
+"""What a built model keeps keys and values as."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phi3_mlflow.runtime.genai_config import GenaiConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def kv_cache(onnx_dir: Path) -> str:
+    """`float32` or `int8`: what the graph keeps keys and values as."""
+    import onnx
+
+    file = onnx_dir / GenaiConfig.read(onnx_dir).decoder.filename
+    graph = onnx.load(file, load_external_data=False).graph
+    kinds = {value.type.tensor_type.elem_type for value in graph.input}
+    return "int8" if onnx.TensorProto.INT8 in kinds else "float32"
