@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,14 +56,14 @@ print(json.dumps({**meter.figures(), "answers": told, "prompts": prompts}))
 """
 
 
-def run(checkpoint: Path, way: str, count: int, limit: int) -> dict[str, object]:
+def run(checkpoint: Path, way: str, count: int, limit: int) -> dict[str, Any]:
     """The figures of one way, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _WAY, str(checkpoint), way, str(count), str(limit)],
         stdout=subprocess.PIPE, text=True, check=True,
         env=os.environ | {"TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -98,13 +99,13 @@ def main() -> None:
         found = {way: run(checkpoint, way, args.questions, args.max_tokens) for way in ways}
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     rows: list[list[Cell]] = []
-    answers = {way: list(figures["answers"]) for way, figures in found.items()}  # type: ignore[call-overload]
+    answers = {way: figures["answers"] for way, figures in found.items()}
     first = answers[ways[0]]
     for way, figures in found.items():
-        seconds, made = float(str(figures["wall_time_s"])), sum(one[1] for one in answers[way])
+        seconds, made = figures["wall_time_s"], sum(one[1] for one in answers[way])
         equal = sum(one == other for one, other in zip(answers[way], first, strict=True))
-        peak = float(str(figures["peak_rss_bytes"])) / 1e9
-        read = float(str(figures.get("bytes_read", 0))) / 1e9
+        peak = figures["peak_rss_bytes"] / 1e9
+        read = figures.get("bytes_read", 0) / 1e9
         rows.append([way, seconds, peak, read, made, made / seconds, f"{equal} of {len(first)}"])
     what = f"{args.model}, {args.layers or 'all'} layers, random" if args.model else "the default"
     write_result(

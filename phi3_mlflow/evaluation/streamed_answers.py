@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_mlflow.artifacts.cache import key_of
@@ -143,7 +143,9 @@ class _Watch:
     takes: Sequence[Expected]
     forecast: Forecast
     progress: Meter
-    _pass: tuple[int, bool] = field(default=(0, False))
+    _pass: tuple[int, bool] = (0, False)
+    _left: float = 0.0
+    _finished: int = 0
 
     def passing(self, generation: Generation, parts: Sequence[Part]) -> Callable[[float], None]:
         """What is to be told which share of a pass is done, before that pass."""
@@ -160,7 +162,8 @@ class _Watch:
         def told(share: float) -> None:
             since = time.monotonic() - start
             seconds = self.forecast.seconds(left, places, share, since, reading=reading)
-            self.progress.advance(0, 0.0, max(seconds, 1e-3))
+            self._left = max(seconds, 1e-3)
+            self.progress.advance(0, 0.0, self._left)
 
         return told
 
@@ -172,7 +175,8 @@ class _Watch:
     def finished(self, number: int, made: int, *, ended: bool) -> None:
         """A question is answered."""
         self.forecast.lengths.note(made, self.takes[number].answer, ended=ended)
-        self.progress.advance(1, 0.0, 0.0)
+        self._finished += 1
+        self.progress.advance(1, 0.0, self._left if self._finished < len(self.takes) else 0.0)
 
 
 def _tried(decoder: Decoder) -> Costs:

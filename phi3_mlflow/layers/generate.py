@@ -115,6 +115,10 @@ class Text:
         """Whether nothing follows any more."""
         return self.ended or len(self.made) == self.prompt.most
 
+    def let_go(self) -> None:
+        """Give keys and values back: others have been promised the room."""
+        self._kept = torch.empty(0)
+
     def keep(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +213,8 @@ class Generation:
             self._follow([parts[index].text for index in whole], tokens)
         told(1.0)
         ended = [text for text in self.running if text.done]
+        for text in ended:
+            text.let_go()
         self.running = [text for text in self.running if not text.done]
         return ended
 
