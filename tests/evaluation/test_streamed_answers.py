@@ -54,7 +54,7 @@ def test_answers_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> 
         expected = [answer_all(checkpoint, [q], meter)[0] for q in some]
     assert any(a.finish_reason == "length" for a in expected)
     found = ask(checkpoint, some)
-    assert found == [replace(a, seconds=0, alone=False) for a in expected]
+    assert found == [replace(a, seconds=0, alone=False, others=None) for a in expected]
     store = StepCache(tmp_path)
     assert ask(checkpoint, some, store) == found
     assert [entry.step for entry in store.entries()] == [STEP]
@@ -76,7 +76,7 @@ def test_an_end_token_of_the_contract_ends_an_answer(checkpoint: Path, tmp_path:
         assert whole.text.startswith(one.text)
     with no_progress("", None) as meter:
         alone = [answer_all(other, [q], meter)[0] for q in some]
-    assert found == [replace(a, seconds=0, alone=False) for a in alone]
+    assert found == [replace(a, seconds=0, alone=False, others=None) for a in alone]
 
 
 def test_it_is_chosen_where_the_model_does_not_fit_well(
@@ -162,4 +162,4 @@ def test_the_default_answers_as_it_does_in_transformers(real_checkpoint: Path) -
     with no_progress("", None) as meter:
         expected = [answer_all(real_checkpoint, [q], meter)[0] for q in some[:12]]
     found = ask(real_checkpoint, some[:12])
-    assert found == [replace(a, seconds=0, alone=False) for a in expected]
+    assert found == [replace(a, seconds=0, alone=False, others=None) for a in expected]
