@@ -19,6 +19,7 @@ from phi3_mlflow.core.errors import UserError, problem_list
 from phi3_mlflow.core.shipped import shipped
 from phi3_mlflow.rows.location import is_uri
 from phi3_mlflow.training.settings import ROWS
+from phi3_mlflow.trust.settings import PEM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,6 +93,7 @@ def load_profile(
     if "@" in str(overrides.get("source", "")):  # a pin given for this run
         content.pop("track", None)
     _find_rows(content, file)
+    _find_keys(content, file)
     for key, value in overrides.items():
         _lay_over(content, key, value)
     _search_instead(content, overrides.get("quantization.algorithm"))
@@ -165,6 +167,47 @@ def _find_rows(content: dict[str, Any], file: Path) -> None:
     for key in ROWS:
         if isinstance(train, dict) and isinstance(train.get(key), str) and not is_uri(train[key]):
             train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
+
+
+def _find_keys(content: dict[str, Any], file: Path) -> None:
+    """Relative files of keys in a profile count from its folder."""
+
+    def found(named: Any) -> Any:
+        if not isinstance(named, str) or named.lstrip().startswith(PEM):
+            return named
+        return str(file.absolute().parent / Path(named).expanduser())
+
+    trust = content.get("trust")
+    if not isinstance(trust, dict):
+        return
+    if isinstance(keys := trust.get("keys"), str):  # one key needs no list
+        trust["keys"] = [found(keys)]
+    elif isinstance(keys, list):
+        trust["keys"] = [found(named) for named in keys]
+    signs = trust.get("sign_with")
+    if isinstance(signs, dict):
+        _refuse_secrets(signs)
+        for key in ("key", "sigstore_config"):
+            if key in signs:
+                signs[key] = found(signs[key])
+
+
+def _refuse_secrets(signs: dict[str, Any]) -> None:
+    """Refuse a key or a PIN in a profile before a message about the section could show it.
+
+    Raises:
+        UserError: without a word of it.
+    """
+    if any(PEM in str(value) for value in signs.values()):
+        raise UserError(
+            "trust.sign_with holds a key itself, which does not belong into a profile: put it into "
+            "a file (key) or an environment variable (key_env)"
+        )
+    if "pin-value" in str(signs.get("pkcs11")):
+        raise UserError(
+            "trust.sign_with.pkcs11 holds a PIN, which does not belong into a profile: name a file "
+            "with pin-source= in its place"
+        )
 
 
 def _given_rows(content: dict[str, Any]) -> bool:

@@ -68,7 +68,11 @@ _ALL = (
     Parameter("checkpoint", "a checkpoint's folder; auto: what the step before it left"),
     Parameter("base", "the checkpoint before fine-tuning, its folder; auto: what fetch left"),
     Parameter("onnx", "an ONNX model's folder; auto: what export left"),
-    Parameter("model_uri", "a model's URI; auto: what log left, for score and serve the champion"),
+    Parameter("model_uri", "a model's URI; verify: also a folder or a version's number; auto: what "
+              "log left, for score, serve and verify the champion"),
+    Parameter("keys", "verify: files of public keys in PEM, with commas; auto: the profile's"),
+    Parameter("rebuild", "verify: true: make the version again as well, and compare the bytes",
+              "false", choices=("true", "false")),
     Parameter("version", "a version's number or models:/ URI; auto: the alias challenger"),
     Parameter("action", "promote, or rollback to the champion before", "promote",
               choices=("promote", "rollback")),
@@ -78,7 +82,7 @@ _ALL = (
               "the name of a step", "false"),
     Parameter("input", "score: the file of rows, .jsonl, .csv or .parquet; has to be given"),
     Parameter("output", "the file to write: score, of the input's format; init, a profile, auto: "
-              "my-model.yaml"),
+              "my-model.yaml; verify, what was found as JSON, auto: none"),
     Parameter("engine", "score: local, or spark (Apache Spark)", "local",
               choices=("local", "spark")),
     Parameter("master", "score on Spark: local[N], spark://HOST:PORT, yarn; auto: this machine"),

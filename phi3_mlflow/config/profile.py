@@ -18,6 +18,7 @@ from phi3_mlflow.quantization.search_settings import SearchSettings
 from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings
 from phi3_mlflow.sources.spec import HubSource, parse_source
 from phi3_mlflow.training.settings import TrainSettings
+from phi3_mlflow.trust.settings import TrustSettings
 
 Flavor = Literal["onnx", "transformers", "both"]
 Precision = Literal["int4", "fp32"]
@@ -93,6 +94,9 @@ class Profile(Section):
         default=EvaluationSettings(), description="what is measured, and on what"
     )
     gate: GateSettings = Field(default=GateSettings(), description="what promotion requires")
+    trust: TrustSettings = Field(
+        default=TrustSettings(), description="signed versions, and what unsigned ones may not do"
+    )
 
     @field_validator("source")
     @classmethod

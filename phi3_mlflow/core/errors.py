@@ -53,6 +53,10 @@ class CheckpointRefused(UserError):
     """A checkpoint that must not be loaded: remote code, pickles, lying headers, wrong shapes."""
 
 
+class VersionRefused(UserError):
+    """A version that the profile's policy does not let through; nothing of it was loaded."""
+
+
 class GateRefused(ProjectError):
     """The evaluation gate said no; nothing is broken, and the alias stays where it was."""
 
@@ -67,6 +71,12 @@ class TooManyFailed(ProjectError):
 
 class NotReproduced(ProjectError):
     """A version that was made again came out with other bytes; nothing was changed."""
+
+    exit_code = EXIT_DIFFERENT
+
+
+class NotVerified(ProjectError):
+    """A version, or a folder with one, is not what was signed, logged or registered."""
 
     exit_code = EXIT_DIFFERENT
 

@@ -13,6 +13,7 @@ from phi3_mlflow.artifacts.manifests import Manifest
 from phi3_mlflow.core.errors import EnvironmentProblem, UserError
 from phi3_mlflow.runtime.model_config import ModelConfig
 from phi3_mlflow.tracking.stored_files import DIGEST
+from phi3_mlflow.trust.bom import BOM_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -167,8 +168,19 @@ def link_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> N
             (target / entry.name).symlink_to(entry.resolve())
 
 
-def write_documents(folder: Path, model_card: str | None, license_text: str | None) -> None:
-    """Put the model card and the licence into a model's folder, under MLflow's names for them."""
+def write_documents(
+    folder: Path, model_card: str | None, license_text: str | None, bom: str | None = None
+) -> None:
+    """Put documents into a model's folder: under MLflow's names where it has any.
+
+    Args:
+        folder: the model's.
+        model_card: Markdown.
+        license_text: licence and notices.
+        bom: the bill of materials, CycloneDX as JSON.
+    """
+    if bom is not None:
+        (folder / BOM_NAME).write_text(bom, encoding="utf-8")
     if model_card is not None:
         (folder / "model_card.md").write_text(model_card, encoding="utf-8")
     if license_text is not None:

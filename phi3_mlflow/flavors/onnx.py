@@ -41,6 +41,7 @@ def log_onnx(
     pip_requirements: list[str] | None = None,
     model_card: str | None = None,
     license_text: str | None = None,
+    bom: str | None = None,
 ) -> ModelInfo:
     """Log a directory made by onnxruntime-genai's model builder as an MLflow LoggedModel.
 
@@ -60,6 +61,7 @@ def log_onnx(
         pip_requirements: default: `bundle.requirements("onnx")`.
         model_card: a text, kept as model_card.md with the model.
         license_text: a text, kept as LICENSE.txt with the model.
+        bom: the bill of materials, kept as bom.cdx.json with the model.
 
     Returns:
         MLflow's ModelInfo: `model_uri`, `model_id`, `signature` and more.
@@ -98,6 +100,7 @@ def log_onnx(
         pip_requirements=pip_requirements or bundle.requirements("onnx"),
         model_card=model_card,
         license_text=license_text,
+        bom=bom,
     )
     bundle.mark_files(logged.model_id, layout.digest)
     return logged
@@ -121,6 +124,7 @@ class _OnnxFlavor:
         config: ModelConfig,
         model_card: str | None,
         license_text: str | None,
+        bom: str | None,
         validate_serving_input: bool,
         **arguments: Any,
     ) -> None:
@@ -138,7 +142,7 @@ class _OnnxFlavor:
             **arguments,
         )
         bundle.copy_code(contract, folder)
-        bundle.write_documents(folder, model_card, license_text)
+        bundle.write_documents(folder, model_card, license_text, bom)
         bundle.link_files(onnx_dir, folder / ARTIFACT)
         flavor = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]
         flavor["artifacts"] = {"onnx": {"path": ARTIFACT, "uri": ARTIFACT}}

@@ -55,6 +55,7 @@ def log_transformers(
     pip_requirements: list[str] | None = None,
     model_card: str | None = None,
     license_text: str | None = None,
+    bom: str | None = None,
     adapter: Path | None = None,
 ) -> ModelInfo:
     """Log a Hugging Face checkpoint directory as an MLflow LoggedModel.
@@ -76,6 +77,7 @@ def log_transformers(
         pip_requirements: default: `bundle.requirements("transformers")`.
         model_card: a text, kept as model_card.md with the model.
         license_text: a text, kept as LICENSE.txt with the model.
+        bom: the bill of materials, kept as bom.cdx.json with the model.
         adapter: a folder with a LoRA adapter for the checkpoint, in PEFT's format.
 
     Returns:
@@ -107,7 +109,8 @@ def log_transformers(
             params=params,
             tags=tags,
         )
-        info = _put_runtime(info, config, license_text or _licence_unknown(name), adapter, folder)
+        documents = (license_text or _licence_unknown(name), bom)
+        info = _put_runtime(info, config, documents, adapter, folder)
     return info
 
 
@@ -133,7 +136,7 @@ def _dtype(checkpoint: Path) -> str:
 def _put_runtime(
     info: ModelInfo,
     config: ModelConfig,
-    license_text: str,
+    documents: tuple[str, str | None],
     adapter: Path | None,
     checkpoint: Path,
 ) -> ModelInfo:
@@ -150,7 +153,7 @@ def _put_runtime(
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             bundle.copy_code("chat", folder)
-            bundle.write_documents(folder, None, license_text)
+            bundle.write_documents(folder, None, *documents)
             if adapter is not None:
                 bundle.link_files(adapter, folder / _ADAPTER)
             # Last: until the MLmodel file names the runtime, the model is MLflow's own, and whole.

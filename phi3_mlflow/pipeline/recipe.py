@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 METADATA_KEY = "recipe"
 MADE_BY = ("fetch", "quantize", "export")
 """The steps that make an artifact, from its source on, where nothing is trained."""
-# What says how a model is judged, how large it is, or how long a download may take, and decides no
-# byte of it; and the search for a quantization, whose outcome stands in the provenance.
+# What says how a model is judged, who signs it, how large it is, or how long a download may take,
+# and decides no byte of it; and the search for a quantization, whose outcome stands in the
+# provenance.
 _DECIDES_NOTHING = {
     "architecture",
     "evaluation",
@@ -38,6 +39,7 @@ _DECIDES_NOTHING = {
     "search",
     "time_limit_s",
     "registered_model",
+    "trust",
 }
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from phi3_mlflow.trust.policy import OPEN
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from phi3_mlflow.trust.settings import TrustSettings
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class ScoringJob:
         batch_size: rows that are handed out, and entered in the journal, together.
         batch: rows that a worker computes together, if the model can; 1: as `predict` would.
         force: begin anew whatever is there.
+        trust: what is let through of a model.
     """
 
     input: Path
@@ -39,6 +44,7 @@ class ScoringJob:
     batch_size: int = 16
     batch: int = 8
     force: bool = False
+    trust: TrustSettings = OPEN
 
     @property
     def journal(self) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,6 @@ from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.tracking.stored_files import local_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from phi3_mlflow.scoring.requests import RowRequest
@@ -78,18 +75,3 @@ def inspect_model(model_uri: str) -> ScoredModel:
         )
     seeded = parameters is not None and any(spec.name == SEED for spec in parameters.params)
     return ScoredModel(path, str(about.model_uuid), "messages" not in names, seeded)
-
-
-@contextmanager
-def temporary_downloads() -> Iterator[None]:
-    """Let MLflow download into a folder that goes away: it leaves its copies in the system's.
-
-    A model in a store on this machine is not copied, and stays where it is.
-    """
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-score-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before

@@ -20,11 +20,12 @@ from phi3_mlflow.scoring.files import ScoredFile, open_scored
 from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
 from phi3_mlflow.scoring.journal import Journal
 from phi3_mlflow.scoring.local import Batch, BatchResults, LocalEngine, fitting_workers
-from phi3_mlflow.scoring.model import SEED, ScoredModel, inspect_model, temporary_downloads
+from phi3_mlflow.scoring.model import SEED, ScoredModel, inspect_model
 from phi3_mlflow.scoring.requests import Result
 from phi3_mlflow.scoring.spark import SparkEngine
 from phi3_mlflow.scoring.worker import WorkerSettings
-from phi3_mlflow.tracking.stored_files import require_whole
+from phi3_mlflow.tracking.stored_files import require_whole, temporary_downloads
+from phi3_mlflow.trust.policy import refuse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -68,6 +69,7 @@ def score(job: ScoringJob) -> ScoringSummary:
             job.journal.unlink(missing_ok=True)
         elif done := _finished(job, header):
             return done
+        refuse_untrusted(job.model_uri, job.trust, model.path)
         require_whole(model.path, job.model_uri)
         _fill(job, model, source, header, summary, before)
     return summary

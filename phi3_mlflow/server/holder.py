@@ -13,13 +13,16 @@ from phi3_mlflow.core.errors import EnvironmentProblem, ProjectError, UserError
 from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.server.backend import Backend, backend_of
 from phi3_mlflow.tracking import registry
-from phi3_mlflow.tracking.stored_files import whole_files
+from phi3_mlflow.tracking.stored_files import local_files, require_whole
+from phi3_mlflow.trust.policy import OPEN, refuse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlflow import MlflowClient
     from mlflow.pyfunc import PyFuncModel
+
+    from phi3_mlflow.trust.settings import TrustSettings
 
 log = logging.getLogger("phi3_mlflow.server")
 _REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))")
@@ -108,12 +111,13 @@ def _latest(name: str, client: MlflowClient) -> str:
     return str(max(numbers))
 
 
-def load(target: Target, batch: int = 1) -> Loaded:
-    """Load a model.
+def load(target: Target, batch: int = 1, trust: TrustSettings = OPEN) -> Loaded:
+    """Load a model, after its files were compared with what was logged and, if asked for, signed.
 
     Args:
         target: what to load.
         batch: how many requests it computes together, if it can.
+        trust: what is let through.
 
     Raises:
         UserError, EnvironmentProblem: it cannot be loaded, and why.
@@ -123,7 +127,10 @@ def load(target: Target, batch: int = 1) -> Loaded:
 
     try:
         # From there, lest a store that is no folder of this machine is downloaded from twice.
-        folder = str(whole_files(target.uri))
+        files = local_files(target.uri)
+        refuse_untrusted(target.uri, trust, files)
+        require_whole(files, target.uri)
+        folder = str(files)
         model = mlflow.pyfunc.load_model(folder, model_config=_config(folder, batch))
     except MlflowException as error:
         raise UserError(f"model_uri: {target.uri} cannot be loaded: {error.message}") from error

@@ -77,7 +77,9 @@ def resolve_mlflow(spec: MlflowSource) -> str:
 
 
 def _identity(uri: str, sizes: dict[str, int]) -> str:
-    listing = "".join(f"{size} {path}\n" for path, size in sorted(sizes.items()))
+    # What is signed about a model lies beside its files, and comes after them.
+    files = sorted(item for item in sizes.items() if not item[0].startswith("attestations/"))
+    listing = "".join(f"{size} {path}\n" for path, size in files)
     return f"{uri}#{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
 
 

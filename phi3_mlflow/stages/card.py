@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from phi3_mlflow.evaluation.load import SPEEDS
 from phi3_mlflow.evaluation.metrics import headline
@@ -81,6 +84,38 @@ def model_card(
     if uri:
         lines += _how_to_use(profile, uri)
     return "\n".join(lines) + "\n"
+
+
+def front_matter(profile: Profile, tags: Mapping[str, str]) -> str:
+    """What the Hugging Face Hub reads at the head of a model card, as YAML between two lines.
+
+    It belongs into the file `model_card.md`; in the registry, whose lists show the first line of a
+    description, it would hide what the version is. Keys whose value is not known are left out.
+
+    Args:
+        profile: what the model is.
+        tags: the version's tags.
+    """
+    onnx = tags.get("flavor", profile.flavor) != "transformers"
+    precision = tags.get("precision", profile.precision)
+    rounded = tags.get("algorithm", "none") != "none"
+    tuned = "adapter_sha256" in tags
+    head: dict[str, Any] = {"license": profile.licence.lower()}
+    if not re.fullmatch(r"[a-z0-9.+-]+", head["license"]):
+        head = {"license": "other", "license_name": profile.licence}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", profile.base_model):  # as the hub names models
+        head["base_model"] = profile.base_model
+        if relation := "finetune" if tuned else "quantized" if rounded else None:
+            head["base_model_relation"] = relation
+    head |= {"pipeline_tag": "text-generation", "library_name": "onnx" if onnx else "transformers"}
+    head["tags"] = [
+        "mlflow",
+        "conversational",
+        *(["onnxruntime-genai"] if onnx else []),
+        *([precision] if rounded else []),
+        *(["lora"] if tuned else []),
+    ]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def _in_a_line(profile: Profile, tags: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from phi3_mlflow.stages import (
     search,
     serve,
     train,
+    verify,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ COMMANDS: Mapping[str, Command] = {
         evaluate.STEP,
         promote.STEP,
         reproduce.STEP,
+        verify.COMMAND,
         serve.COMMAND,
     )
 }

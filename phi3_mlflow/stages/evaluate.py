@@ -40,6 +40,8 @@ from phi3_mlflow.tracking import registry, runs
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
 from phi3_mlflow.tracking.stored_files import refuse_damaged
+from phi3_mlflow.trust.attestations import sign_verdict
+from phi3_mlflow.trust.policy import refuse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,6 +125,8 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         from phi3_mlflow.evaluation.task import read_task
 
         profile = work.request.profile
+        for version in (*work.inputs.version.value, *work.inputs.champion.value):
+            refuse_untrusted(version.uri, profile.trust)
         check_judge(profile.evaluation.judge)
         inputs, chosen = work.inputs, profile.evaluation
         sets = load_sets(profile)
@@ -166,7 +170,7 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         return {"version": " ".join(said), "gate": "; ".join(said.values())}
 
     def after(self, request: Request, entry: Entry) -> None:
-        """Say the verdict, and mark the versions with it."""
+        """Say the verdict, mark the versions with it, and sign it where the profile says so."""
         record = self.record_of(entry)
         for uri, result in record.versions.items():
             version = registry.find_version(uri, request.profile.registered_model)
@@ -196,6 +200,9 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             profile, hardware = request.profile, record.hardware
             card = model_card(profile, tags, figures, hardware, uri, report, disturbed)
             registry.set_description(version, card)
+            signs = request.profile.trust.sign_with
+            if signs is not None and sign_verdict(version, signs):
+                console.say(f"  signed the verdict on {uri}")
 
 
 def _input(versions: Sequence[VersionName]) -> Input[Versions]:

@@ -19,6 +19,7 @@ from phi3_mlflow.artifacts.provenance import (
     ADAPTER_FOLDER,
     LOGGED_AS,
     TRAINING_KEYS,
+    TRAINING_TAGS,
     content_digest,
     read_provenance,
 )
@@ -35,11 +36,12 @@ from phi3_mlflow.pipeline.inputs import (
 )
 from phi3_mlflow.pipeline.recipe import METADATA_KEY, recipe_of
 from phi3_mlflow.pipeline.step import Settings, Step, Work, step_parameters
-from phi3_mlflow.stages.card import model_card
+from phi3_mlflow.stages.card import front_matter, model_card
 from phi3_mlflow.stages.records import LoggedModel, LoggedModels
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 from phi3_mlflow.tracking.stored_files import trouble
+from phi3_mlflow.trust.bom import Described, bom_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -262,8 +264,9 @@ def log_onnx_model(work: Work[LogInputs], directory: Path, tags: dict[str, str])
         model_config=profile.runtime.for_loading(),
         metadata=metadata(work, directory),
         tags=tags,
-        model_card=model_card(profile, tags),
+        model_card=front_matter(profile, tags) + model_card(profile, tags),
         license_text=licence_text(directory),
+        bom=bill_of_materials(work, directory, tags, requirements("onnx")),
         pip_requirements=requirements("onnx"),
     )
 
@@ -277,6 +280,7 @@ def log_transformers_model(
 
     profile = work.request.profile
     base, adapter = directory, None
+    needed = requirements("transformers", adapter=_with_adapter(work.request, "transformers"))
     if _with_adapter(work.request, "transformers"):
         base, adapter = base_and_adapter(work.inputs)
     return log_transformers(
@@ -286,11 +290,31 @@ def log_transformers_model(
         model_config=profile.runtime.for_loading(),
         metadata=metadata(work, directory),
         tags=tags,
-        model_card=model_card(profile, tags),
+        model_card=front_matter(profile, tags) + model_card(profile, tags),
         license_text=licence_text(directory),
-        pip_requirements=requirements("transformers", adapter=adapter is not None),
+        bom=bill_of_materials(work, directory, tags, needed),
+        pip_requirements=needed,
         adapter=adapter,
     )
+
+
+def bill_of_materials(
+    work: Work[LogInputs], directory: Path, tags: dict[str, str], needed: list[str]
+) -> str:
+    """What the model consists of and what it was made from, as CycloneDX."""
+    profile = work.request.profile
+    recipe = recipe_of(profile, directory, work.request.base_directory)
+    described = Described(
+        name=profile.registered_model,
+        description=profile.description,
+        base_model=profile.base_model,
+        licence=profile.licence,
+        training_data=profile.training_data,
+        tags={key: tags[key] for key in (*registry.VERSION_TAGS, *TRAINING_TAGS) if key in tags},
+        recipe=recipe.metadata() if recipe else None,
+        requirements=needed,
+    )
+    return bom_text(described)
 
 
 def licence_text(directory: Path) -> str | None:

@@ -121,7 +121,8 @@ class Main(Command):
             print(text(forecasts, fetch.where(request, moved), foreseen), flush=True)
             return
         with step_run("main", request.profile.name) as run:
-            aside = set() if request.profile.search.on else {"search"}
+            # Where keys lie, and with what a machine signs, is nobody else's business.
+            aside = {"trust"} if request.profile.search.on else {"search", "trust"}
             run.log_settings(request.profile.model_dump(mode="json", exclude=aside), {})
             with Pipeline(request, run.run_id, partial(say_what_is_needed, request)) as pipeline:
                 try:

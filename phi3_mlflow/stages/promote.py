@@ -5,7 +5,8 @@
 
 Ends with code 3, the alias untouched, when the gate said no. `overrule=true` moves it all the same
 and is recorded as forced. A version that is champion already stays so, and so does a champion
-that the version is not shown to match.
+that the version is not shown to match. Where the profile says `trust.require: signature`, a version
+whose signature, provenance or signed verdict is not right is refused, overruled or not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from phi3_mlflow.stages.records import PromotionRecord
 from phi3_mlflow.tracking import promotion, registry
 from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
+from phi3_mlflow.trust.policy import refuse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,10 +80,16 @@ class Promote(Step[PromoteInputs, PromotionRecord]):
                 "  force=true of promote is called overrule=true now; it still moves the alias in "
                 "this version of the project, and will mean `do it again` in the next"
             )
+        trust, overrule = request.profile.trust, overrules(request)
         if version is None:
-            done = promotion.rollback(request.profile.registered_model)
+            name = request.profile.registered_model
+            done = promotion.rollback(name, lambda target: refuse_untrusted(target.uri, trust))
         else:
-            done = promotion.promote(version.value, overrule=overrules(request))
+            done = promotion.promote(
+                version.value,
+                overrule=overrule,
+                allowed=lambda one: refuse_untrusted(one.uri, trust, verdict=not overrule),
+            )
         state = "is now" if done.moved else "stays"
         console.say(f"  {registry.CHAMPION} {state} {done.champion.uri}: {done.reason}")
         PromotionRecord(

@@ -5,7 +5,8 @@
 
 A new version gets the alias `challenger`. Registering copies nothing: the version points to the
 logged model. A model of the same content, flavor and contract makes no second version, and an alias
-that is at a later version stays there; `-P force=true` moves it back, and says so.
+that is at a later version stays there; `-P force=true` moves it back, and says so. Where the
+profile says `trust.sign_with`, the version's files and its provenance are signed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from phi3_mlflow.stages.records import (
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.connection import connect, tracking_identity
 from phi3_mlflow.tracking.stored_files import refuse_damaged
+from phi3_mlflow.trust.attestations import sign_version
 
 if TYPE_CHECKING:
     from phi3_mlflow.artifacts.cache import Entry, StepCache
@@ -82,7 +84,7 @@ class Register(Step[RegisterInputs, RegisteredVersions]):
         record.write(work.out)
 
     def after(self, request: Request, entry: Entry) -> None:
-        """Say what the registered model is, where nobody has."""
+        """Say what the registered model is, where nobody has, and sign what is not signed yet."""
         profile = request.profile
         text = (
             f"{profile.description}\n\nVersions of {profile.base_model} ({profile.licence}). The "
@@ -90,6 +92,11 @@ class Register(Step[RegisterInputs, RegisteredVersions]):
             f"`{registry.CHALLENGER}` the one registered last."
         )
         registry.describe_model(profile.registered_model, text)
+        if profile.trust.sign_with is not None:
+            run_id = str(entry.origin.get("run_id", "")) or None
+            for version in self.record_of(entry).versions:
+                if sign_version(version.version_name, profile.trust.sign_with, run_id):
+                    console.say(f"  signed {version.version_name.uri}")
 
     def missing(self, entry: Entry) -> str | None:
         for version in self.record_of(entry).versions:

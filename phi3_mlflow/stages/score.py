@@ -52,7 +52,7 @@ class Score(Command):
     def run(self, request: Request) -> None:
         job, bound = read_job(request), max_failed(request)
         with step_run("score", request.profile.name) as run:
-            job = replace(job, model_uri=model_uri(request))
+            job = replace(job, model_uri=model_uri(request), trust=request.profile.trust)
             console.say(f"score: {job.input} with {job.model_uri}")
             run.log_settings(asked_for(job), {})
             done = score(job)

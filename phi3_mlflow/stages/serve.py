@@ -7,8 +7,9 @@ r"""Serve a registered model: OpenAI's protocol, MLflow's protocol, and a chat p
 
 Serves the version that the alias `champion` of the profile's registered model points to, and takes
 up another one when the alias moves. On any other address than this machine's own an API key is
-needed, in the environment as PHI3_MLFLOW_API_KEY. Ends with Ctrl-C or SIGTERM, after the answers
-that are under way. docs/serving.md has the rest.
+needed, in the environment as PHI3_MLFLOW_API_KEY. Where the profile says `trust.require:
+signature`, a version is verified before it is loaded; one that does not verify never answers. Ends
+with Ctrl-C or SIGTERM, after the answers that are under way. docs/serving.md has the rest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from phi3_mlflow.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from phi3_mlflow.config.parameters import Request
+    from phi3_mlflow.trust.settings import TrustSettings
 
 
 class Serve(Command):
@@ -38,7 +40,7 @@ class Serve(Command):
         given = {name: request.value(name) for name in self.parameters}
         settings = ServerSettings.read(given)
         uri = model_uri(request)
-        serve(uri, settings)
+        serve(uri, settings, request.profile.trust)
         print(summary_line(step="serve", status="done", model=uri), flush=True)
 
 
@@ -49,8 +51,14 @@ def model_uri(request: Request) -> str:
     return f"models:/{request.profile.registered_model}@champion"
 
 
-def serve(uri: str, settings: ServerSettings) -> None:
-    """Load the model, then listen."""
+def serve(uri: str, settings: ServerSettings, trust: TrustSettings) -> None:
+    """Load the model, then listen.
+
+    Args:
+        uri: the model; an alias is followed.
+        settings: of the server.
+        trust: what has to be so of a version before it is loaded.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from phi3_mlflow.server.app import create_app
     from phi3_mlflow.server.holder import Holder, load, resolve
@@ -61,7 +69,7 @@ def serve(uri: str, settings: ServerSettings) -> None:
     console.say(f"Loading {uri} ...")
     holder = Holder(
         lambda: resolve(uri, client),
-        lambda target: load(target, settings.batch),
+        lambda target: load(target, settings.batch, trust),
         follow_s=settings.follow_s,
     )
     app = create_app(settings, holder, uri)

@@ -7,6 +7,7 @@ import random
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,12 +55,19 @@ class Promotion:
     reason: str
 
 
-def promote(version: VersionName, *, overrule: bool) -> Promotion:
+Allowed = Callable[[VersionName], None]
+"""Raises when a version may not become champion, whatever the gate said."""
+
+
+def promote(
+    version: VersionName, *, overrule: bool, allowed: Allowed = lambda version: None
+) -> Promotion:
     """Move the alias `champion` to a version that passed the gate.
 
     Args:
         version: the candidate, evaluated before.
         overrule: move it whatever the gate said; recorded as forced.
+        allowed: asked before the alias moves; no overruling helps against it.
 
     Raises:
         UserError: the version has not been evaluated, or against another champion than there is.
@@ -70,6 +78,7 @@ def promote(version: VersionName, *, overrule: bool) -> Promotion:
     with _promotion_lock(version.name):
         if stays := _decide(version, overrule=overrule):
             return stays
+        allowed(version)  # may read gigabytes, which nobody's claim lasts for
         with _claimed(version.name):
             # Decided again: until the claim was ours, others could move the alias.
             if stays := _decide(version, overrule=overrule):
@@ -149,8 +158,12 @@ def _reason_to_stay(
     return None
 
 
-def rollback(name: str) -> Promotion:
+def rollback(name: str, allowed: Allowed = lambda version: None) -> Promotion:
     """Give the alias `champion` back to the version that had it before.
+
+    Args:
+        name: of the registered model.
+        allowed: asked before the alias moves.
 
     Raises:
         UserError: there is no champion, or none before it.
@@ -158,9 +171,13 @@ def rollback(name: str) -> Promotion:
     """
     with _promotion_lock(name):
         # Nothing is claimed for what cannot be done.
-        refuse_damaged(_before(name)[1].uri)
+        _, checked = _before(name)
+        refuse_damaged(checked.uri)
+        allowed(checked)
         with _claimed(name):
             current, target = _before(name)
+            if target != checked:
+                allowed(target)
             # The way further back is kept: the target keeps its own `promoted_from`.
             _move(target, current, f"rollback from version {current}", forced=False, keep_from=True)
         return Promotion(target, current, True, f"rolled back from version {current}")

@@ -13,9 +13,11 @@ inside them, which covers the weights.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +122,7 @@ def require_whole(folder: Path, model_uri: str) -> None:
     Raises:
         EnvironmentProblem: it is damaged; the message names file and model, and what to do.
     """
+    leave_no_bytecode()
     expected, stored = _known_of(model_uri, folder)
     if expected is None and not (folder / _MODEL_FILE).is_file():
         return  # no model at all, which whoever loads it says
@@ -127,6 +130,31 @@ def require_whole(folder: Path, model_uri: str) -> None:
     if problems:
         why = f"its files are damaged: {_told(problems)}"
         raise EnvironmentProblem(f"{_refused(model_uri, why)}. The files are in {folder}")
+
+
+@contextmanager
+def temporary_downloads() -> Iterator[None]:
+    """Let MLflow download into a folder that goes away: it leaves its copies in the system's.
+
+    A model in a store on this machine is not copied, and stays where it is.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="phi3-mlflow-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+def leave_no_bytecode() -> None:
+    """Keep Python from writing byte code, in this process and in those that it starts.
+
+    A model that is loaded from a store on this machine would get folders `__pycache__`, which are
+    no part of what was logged or signed.
+    """
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def refuse_damaged(model_uri: str) -> None:

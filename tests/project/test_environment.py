@@ -20,6 +20,7 @@ PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!_-]*)$
 # In conda.yaml without being imported by name, and why.
 NOT_IMPORTED = {
     "accelerate": "MLflow's transformers flavor loads a model with it",
+    "pyopenssl": "model-signing imports it, and does not name it among its requirements",
 }
 # Imported where the feature is used, and installed for that feature alone.
 OPTIONAL = {"optimum", "gptqmodel", "pyspark"}
