@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from phi3_mlflow.evaluation.batching import Expected
 
 _BINS = 24
-_ENDING = 1.8  # answers that would have ended while one is as long as allowed: some 46 % are used
-_TRUST = 0.5  # so many answers the assumption counts as
+_ENDING = 2.0  # answers that end while one gets as long as allowed, before any is known
+_ASSUMED = 14.0  # so many answers that assumption counts as
+_TRUST = 0.5  # and so many what answers do on the whole, for those of one length
+_APART = 2.0  # while fewer are known, they are taken to be much alike
 _REMEMBERED = 12  # passes that the pace is taken from
 _TURN = 0.6180339887  # of the golden ratio: its multiples lie evenly, however many they are
 
@@ -65,15 +67,21 @@ class Left:
 
 
 class Lengths:
-    """How much of what they are allowed answers use, by those that are there."""
+    """How much of what they are allowed answers use, by those that are there.
+
+    Attributes:
+        known: answers that are finished.
+    """
 
     def __init__(self) -> None:
+        self.known = 0
         self._ended = [0.0] * _BINS
         self._finished = [0] * _BINS
 
     def note(self, made: int, most: int, *, ended: bool) -> None:
         """Learn from an answer that is finished: ended by itself, or as long as allowed."""
         place = _bin(made, most) if ended else _BINS - 1
+        self.known += 1
         self._finished[place] += 1
         self._ended[place] += ended
 
@@ -82,12 +90,15 @@ class Lengths:
         there = list(self._finished)
         for one in running:
             there[_bin(one.made, one.takes.answer)] += 1
+        # Where nobody has come to yet, answers end as often as they do on the whole.
+        gone = sum(count * (place + 0.5) for place, count in enumerate(there)) / _BINS
+        often = (sum(self._ended) + _ASSUMED) / (gone + _ASSUMED / _ENDING)
         found, beyond = [0.0] * _BINS, 0.0
         for place in reversed(range(_BINS)):
             # Half of those that are in it now have not been through all of it.
             at_risk = beyond + (there[place] + self._finished[place]) / 2
             beyond += there[place]
-            ended = self._ended[place] + _TRUST * _ENDING / _BINS
+            ended = self._ended[place] + _TRUST * min(1.0, often / _BINS)
             found[place] = min(1.0, ended / (at_risk + _TRUST))
         return found
 
@@ -144,12 +155,17 @@ class Forecast:
             waiting: those that are not yet, in their order.
         """
         costs, hazards = self._costs, self.lengths.hazards(running)
+        apart = self.lengths.known / (self.lengths.known + _APART)
+
+        def chance(number: int) -> float:
+            return 0.5 + apart * (number * _TURN % 1 - 0.5)
+
         queue, ends, number = deque(waiting), list[tuple[int, int]](), 0
         taken = sum(one.takes.tokens for one in running)
         prompts = sum(one.unread for one in running)
         for one in running:
             number += 1
-            turns = remaining(hazards, one.made, one.takes.answer, number * _TURN % 1)
+            turns = remaining(hazards, one.made, one.takes.answer, chance(number))
             ends.append((turns, one.takes.tokens))
         heapq.heapify(ends)
         now, saying = 0, 0.0
@@ -160,7 +176,7 @@ class Forecast:
                 takes = queue.popleft()
                 number += 1
                 taken, prompts = taken + takes.tokens, prompts + takes.prompt
-                turns = remaining(hazards, 0, takes.answer, number * _TURN % 1)
+                turns = remaining(hazards, 0, takes.answer, chance(number))
                 heapq.heappush(ends, (now + turns, takes.tokens))
             end, tokens = ends[0]
             saying += (end - now) * self._pass(len(ends))
