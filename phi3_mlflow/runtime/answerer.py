@@ -189,6 +189,7 @@ class Answerer:
         tokens, limit, schema = prepared.tokens, prepared.limit, prepared.request.schema
         if schema is None:
             return self.prefixes.take(tokens, limit)
+        self.engine.try_schema(schema)
         with self._lock:
             return self.engine.open_guided(len(tokens) + limit, schema), 0
 

@@ -91,8 +91,18 @@ class Engine(Protocol):
     def open(self, capacity: int) -> Session:
         """An empty session that can hold `capacity` tokens."""
 
+    def knows(self, schema: str) -> bool:
+        """Whether `try_schema` answers at once."""
+
+    def try_schema(self, schema: str) -> None:
+        """See, without holding anybody up, whether answers can be held to a JSON schema.
+
+        Raises:
+            RequestError: they cannot.
+        """
+
     def open_guided(self, capacity: int, schema: str) -> Guided:
-        """An empty session whose answer follows a JSON schema; it is not `reusable`.
+        """An empty session whose answer follows a JSON schema that was tried; not `reusable`.
 
         Raises:
             RequestError: this engine cannot, or not this schema.

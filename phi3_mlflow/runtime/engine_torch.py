@@ -91,6 +91,13 @@ class TorchEngine(Tokenizing):
         end = self._tokenizer.end
         self.ends: frozenset[int] = frozenset(named if end is None else named | {end})
 
+    def knows(self, schema: str) -> bool:
+        """Whether `try_schema` answers at once."""
+        return True
+
+    def try_schema(self, schema: str) -> None:
+        """Nothing is tried: `open_guided` refuses every schema."""
+
     def open_guided(self, capacity: int, schema: str) -> Guided:
         """Refuse: transformers cannot hold an answer to a JSON schema.
 

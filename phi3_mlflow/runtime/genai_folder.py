@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from .fair_lock import FairLock
 from .genai_config import GenaiConfig
+from .grammar_trial import GrammarTrial
+from .request import RequestError
 from .tokens import ChatTokenizer, Tokenizing
 
 if TYPE_CHECKING:
@@ -52,6 +54,20 @@ class GenaiFolder(Tokenizing):
             number_bytes = 1
         self.token_bytes = decoder.token_values * number_bytes
         self._tokenizer = ChatTokenizer(folder, config.ends)
+        self._grammars = GrammarTrial(folder)
+
+    def knows(self, schema: str) -> bool:
+        """Whether `try_schema` answers at once."""
+        return self._grammars.knows(schema)
+
+    def try_schema(self, schema: str) -> None:
+        """Make the grammar of a JSON schema where that harms nobody, unless it is known.
+
+        Raises:
+            RequestError: it cannot be made, or takes too much.
+        """
+        if why := self._grammars.refusal(schema):
+            raise RequestError([f"response_format: the JSON schema cannot be followed: {why}"])
 
 
 def threads(settings: EngineSettings) -> int:

@@ -105,6 +105,19 @@ class Live:
         """
         return Reply(self._answerer, self._answerer.prepare(wanted))
 
+    def vetted(self, wanted: request.GenerationRequest) -> bool:
+        """Whether `vet` takes no time."""
+        return wanted.schema is None or self._answerer.engine.knows(wanted.schema)
+
+    def vet(self, wanted: request.GenerationRequest) -> None:
+        """Try the JSON schema of a request, if it has one; a new one takes a moment.
+
+        Raises:
+            RequestError: answers cannot be held to it.
+        """
+        if wanted.schema is not None:
+            self._answerer.engine.try_schema(wanted.schema)
+
     def kept_bytes(self) -> int:
         """Bytes of key-value cache kept for next turns."""
         return self._answerer.prefixes.kept_bytes()

@@ -16,6 +16,7 @@ from phi3_mlflow.server.exchange import RequestQueue
 from phi3_mlflow.server.guard import Guard
 from phi3_mlflow.server.metrics import CONTENT_TYPE, Metrics
 from phi3_mlflow.server.tracing import Tracer
+from phi3_mlflow.server.vetting import Vetting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,7 +37,9 @@ def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
     """
     metrics = Metrics()
     queue = RequestQueue(settings.running, settings.waiting, settings.limit_s, metrics)
-    context = ServerContext(settings, uri, holder, queue, metrics, Tracer(settings.trace))
+    context = ServerContext(
+        settings, uri, holder, queue, metrics, Tracer(settings.trace), Vetting()
+    )
     _watch(context)
 
     @asynccontextmanager
@@ -44,6 +47,7 @@ def create_app(settings: ServerSettings, holder: Holder, uri: str) -> FastAPI:
         holder.start()
         yield
         holder.stop()
+        context.vetting.close()
         queue.close()
         context.tracer.close()
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.server.metrics import Metrics
     from phi3_mlflow.server.settings import ServerSettings
     from phi3_mlflow.server.tracing import Tracer
+    from phi3_mlflow.server.vetting import Vetting
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,4 @@ class ServerContext:
     queue: RequestQueue
     metrics: Metrics
     tracer: Tracer
+    vetting: Vetting

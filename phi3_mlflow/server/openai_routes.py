@@ -92,6 +92,7 @@ async def _answer(context: ServerContext, request: Request, kind: Kind) -> Respo
         _check_name(context, loaded, asked.model)
     content = asked.content()
     row, wanted = await asyncio.to_thread(_read, loaded, content, kind)
+    await context.vetting.vet(loaded.backend, wanted)
 
     def done(stats: RequestStats) -> None:
         if stats.outcome == "rejected":  # a full queue is no time to write traces

@@ -54,6 +54,12 @@ class ScriptedEngine:
     def spell(self, token: int) -> bytes:
         return chr(token - 10).encode()
 
+    def knows(self, schema: str) -> bool:
+        return True
+
+    def try_schema(self, schema: str) -> None:
+        pass
+
     def open_guided(self, capacity: int, schema: str) -> ScriptedSession:
         raise RequestError(["response_format: a script follows no schema"])
 
