@@ -138,7 +138,7 @@ class _Child:
             env={**os.environ, "PYTHONPATH": places, "ORT_DISABLE_TELEMETRY": "1"},
             encoding="utf-8",
         )
-        self.end = weakref.finalize(self, _end, self._process)
+        self._finish = weakref.finalize(self, _end, self._process)
         heard = self._answer()
         if heard is None:
             code = self.end()
@@ -146,6 +146,10 @@ class _Child:
             said = self._said.read().decode(errors="replace").splitlines()
             raise ValueError(f"it ended with {code} as it began: {said[-1] if said else ''}")
         self.guides = bool(heard["guides"])
+
+    def end(self) -> int:
+        """End the process; the code that it ended with."""
+        return int(self._finish() or 0)
 
     def ask(self, schema: str) -> dict[str, Any] | None:
         """What a schema costs; None when the process is gone."""
