@@ -70,11 +70,12 @@ class Line:
             anonymous = resident = 0
             with contextlib.suppress(psutil.Error):
                 for one in [root, *root.children(recursive=True)]:
-                    with contextlib.suppress(psutil.Error, OSError, TypeError):
+                    with contextlib.suppress(OSError):
                         status = Path(f"/proc/{one.pid}/status").read_text()
+                        # A process that has just ended has no sizes.
                         sizes = dict(re.findall(r"^(RssAnon|VmRSS):\s+(\d+)", status, re.M))
-                        anonymous += 1024 * int(sizes["RssAnon"])
-                        resident += 1024 * int(sizes["VmRSS"])
+                        anonymous += 1024 * int(sizes.get("RssAnon", 0))
+                        resident += 1024 * int(sizes.get("VmRSS", 0))
             found = self.memory.setdefault(self.step, Memory())
             found.anonymous = max(found.anonymous, anonymous)
             found.resident = max(found.resident, resident)

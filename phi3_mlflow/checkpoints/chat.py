@@ -162,10 +162,11 @@ def _end_of_answer(tokenizer: Any) -> int | None:
     if not after:
         return None
     asked, _ = _rendered(tokenizer, ONE_TURN)
-    begins = {*specials(asked.partition(_QUESTION)[0])}
+    before = specials(asked.partition(_QUESTION)[0])
     opening = specials(asked.rpartition(_QUESTION)[2])
-    # What comes last before an answer begins it; an end of the question's turn may stand before.
-    begins |= set(opening[-1:])
+    # What comes last before an answer begins it. What stands before that ends the question's turn,
+    # and no turn begins with it, though a system message of the template's own may end with it.
+    begins = {*before, *opening[-1:]} - set(opening[:-1][:1])
     return None if after[0] in begins else after[0]
 
 

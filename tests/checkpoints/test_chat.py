@@ -122,6 +122,12 @@ def test_a_template_without_an_end_is_told(folder: Path, template: str) -> None:
     assert "writes no token that ends an answer" in found.notes[0]
 
 
+def test_a_system_message_of_the_templates_own_ends_as_answers_do(folder: Path) -> None:
+    own = "{% if messages[0]['role'] != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    found = settle_chat(with_template(folder, own + PHI))
+    assert (found.changes, found.notes, found.problems) == ((), (), ())
+
+
 def test_what_transformers_cannot_load_is_refused_in_a_sentence(folder: Path) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": "small"}))
