@@ -74,16 +74,17 @@ def ask(
     rows = rows_together(asking, model, [asked.takes[number].tokens for number in others])
     if rows > 1 and not _takes_batches(model_uri):
         rows = 1
+    pace = Pace()
     if rows == 1:
-        found, load_seconds, peak = _one_by_one(model_uri, asked, numbers, "questions")
+        found, load_seconds, peak = _one_by_one(model_uri, asked, numbers, "questions", pace)
     else:
         console.say(
             f"  {len(alone) - uncounted} questions are asked one at a time, for speed and memory, "
             f"{len(others)} up to {rows} together"
         )
         name = "questions, one at a time"
-        found, load_seconds, peak = _one_by_one(model_uri, asked, alone, name)
-        found |= _several(model_uri, asked, others, rows)
+        found, load_seconds, peak = _one_by_one(model_uri, asked, alone, name, pace)
+        found |= _several(model_uri, asked, others, rows, pace)
     checked = (judged(found[number], questions[number]) for number in numbers)
     return Answers(tuple(checked), load_seconds, peak)
 
@@ -111,11 +112,10 @@ class _Questions:
 
 
 def _one_by_one(
-    model_uri: str, asked: _Questions, numbers: Sequence[int], name: str
+    model_uri: str, asked: _Questions, numbers: Sequence[int], name: str, pace: Pace
 ) -> tuple[dict[int, Answer], float, int]:
     """Answers by number, the seconds until the model was loaded, and the peak memory in bytes."""
     found: dict[int, Answer] = {}
-    pace = Pace()
     with asked.shown(name, numbers) as bar, _process(model_uri) as process:
         load_seconds = process.submit(_load, model_uri).result()
         _refuse(model_uri, process.submit(_refused, list(asked.questions)).result())
@@ -132,19 +132,24 @@ def _one_by_one(
 
 
 def _several(
-    model_uri: str, asked: _Questions, numbers: Sequence[int], rows: int
+    model_uri: str, asked: _Questions, numbers: Sequence[int], rows: int, pace: Pace
 ) -> dict[int, Answer]:
-    """Answers by number, up to `rows` of them computed together."""
+    """Answers by number, up to `rows` of them computed together, which `pace` knows alone."""
     found: dict[int, Answer] = {}
     config = {"batch": rows, "prefix_cache_mb": _KEPT_MB}
     name = f"questions, up to {rows} together"
     with asked.shown(name, numbers) as bar, _process(model_uri) as process:
         process.submit(_load, model_uri, config).result()
+        start = time.monotonic()
         process.submit(_begin, [asked.questions[number] for number in numbers]).result()
         for _ in numbers:
             place, answer = process.submit(_next).result()
             found[numbers[place]] = answer
-            bar.advance(1, asked.takes[numbers[place]].work)
+            done = [asked.takes[one] for one in found]
+            still = [asked.takes[one] for one in numbers if one not in found]
+            seconds = time.monotonic() - start
+            left = pace.left_together(done, still[:rows], still[rows:], seconds)
+            bar.advance(1, asked.takes[numbers[place]].work, left)
     return found
 
 
@@ -365,10 +370,7 @@ def _begin(questions: list[Question]) -> None:
 
 
 def _next() -> tuple[int, Answer]:
-    """The number of a question and its answer, whichever is ready.
-
-    After an error no other question is begun.
-    """
+    """The number of a question and its answer, whichever is ready; an error begins no other."""
     try:
         return next(_coming).result()
     except BaseException:

@@ -109,6 +109,30 @@ class Pace:
         allowed = sum(takes.answer for takes in rest)
         return asked * first / prompts + allowed * (whole - first) / limits
 
+    def left_together(
+        self,
+        done: Sequence[Expected],
+        begun: Sequence[Expected],
+        rest: Sequence[Expected],
+        seconds: float,
+    ) -> float | None:
+        """Seconds that questions will take that are answered together; None: none was alone.
+
+        How much quicker they are together shows from what is done: some answers whole, and those
+        that are begun by half, taken all in all.
+
+        Args:
+            done: what has been answered since they are asked together.
+            begun: what is being answered.
+            rest: what is not begun.
+            seconds: since they are asked together.
+        """
+        if not self._known:
+            return None
+        running = self.left(begun)
+        made = self.left(done) + running / 2
+        return seconds / made * (self.left(rest) + running / 2)
+
 
 def expected(folder: Path, questions: Sequence[Question]) -> list[Expected]:
     """What each question takes.

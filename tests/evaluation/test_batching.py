@@ -179,6 +179,48 @@ def test_answers_in_one_piece_tell_a_pace_too() -> None:
     assert pace.left([Expected(50, 10)] * 3) == 12
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("gain", [1.0, 1.7, 3.0])
+def test_the_time_left_together_is_foreseen_from_what_they_take_alone(
+    gain: float, seed: int
+) -> None:
+    chance = random.Random(seed)
+    takes = [Expected(chance.randint(20, 120), chance.randint(16, 128)) for _ in range(48)]
+    made = [round(chance.uniform(0.2, 1) * one.answer) for one in takes]
+    reading, answering, rows = 30.0, 5.0, 7
+    pace = Pace()
+    assert pace.left_together(takes[:1], takes[1:2], takes[2:], 1.0) is None
+    for place in range(0, 48, 6):
+        first = takes[place].prompt / reading
+        whole = first + made[place] / answering
+        seen = answer(place, seconds=whole, first_seconds=first, completion_tokens=made[place])
+        pace.note(takes[place], seen)
+    others = sorted((i for i in range(48) if i % 6), key=lambda i: -takes[i].work)
+    # Rows that are computed together: a step is one token of each, a prompt is read by itself.
+    waiting, running, ended, now = list(others), {}, [], 0.0
+    while waiting or running:
+        while waiting and len(running) < rows:
+            number = waiting.pop(0)
+            now += takes[number].prompt / reading
+            running[number] = made[number]
+        now += max(1.0, len(running) / gain) / answering
+        for number in list(running):
+            running[number] -= 1
+            if running[number] <= 0:
+                del running[number]
+                ended.append((now, number))
+    for count, (then, _) in enumerate(ended[:-1], start=1):
+        done = {number for _, number in ended[:count]}
+        still = [takes[number] for number in others if number not in done]
+        finished = [takes[number] for number in done]
+        found = pace.left_together(finished, still[:rows], still[rows:], then)
+        assert found is not None
+        if then > 60:
+            slack = now / 10
+            assert found <= 2 * (now - then) + slack
+            assert now - then <= 2 * found + slack
+
+
 @pytest.fixture(scope="module")
 def logged(onnx_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logged") / "model"
