@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.machine import usable_cores
+from phi3_mlflow.runtime.genai_config import GenaiConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 ONNX_CONFIG = "genai_config.json"
+
+_MOST_CACHE = 1 << 29  # bytes of keys and values that are held at once
 
 
 class LogitSource(Protocol):
@@ -46,9 +49,20 @@ class OnnxLogits:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og = og
         self._model = og.Model(config)
+        place = 4 * GenaiConfig.read(directory).decoder.token_values
+        self._places = _MOST_CACHE // place
 
     def logits(self, pieces: Sequence[Array]) -> list[Array]:
-        """Token ids (S,) of each text to logits (S, vocabulary)."""
+        """Token ids (S,) of each text to logits (S, vocabulary).
+
+        Those of a large model are computed some texts at a time, for the keys and values of one
+        place are more than its logits.
+        """
+        rows = max(1, self._places // max(map(len, pieces)))
+        parts = [pieces[start : start + rows] for start in range(0, len(pieces), rows)]
+        return [found for part in parts for found in self._prefill(part)]
+
+    def _prefill(self, pieces: Sequence[Array]) -> list[Array]:
         import numpy as np
 
         rows = np.zeros((len(pieces), max(map(len, pieces))), dtype=np.int32)

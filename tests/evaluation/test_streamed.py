@@ -21,6 +21,7 @@ from phi3_mlflow.evaluation.measure import diverge
 from phi3_mlflow.evaluation.streamed import STEP, streamed
 from phi3_mlflow.genai.export import export_onnx
 from phi3_mlflow.layers import forward, kept, states
+from phi3_mlflow.runtime.genai_config import GenaiConfig
 from tests.fixtures.tiny_phi3 import make_tiny
 
 TEXTS = [
@@ -61,6 +62,21 @@ def test_the_figures_are_those_of_transformers(checkpoint: Path, onnx: Path) -> 
     expected = compare(Whole(checkpoint), OnnxLogits(onnx), tokens, 48).metrics()
     assert expected["kl_mean"] > 0.1
     assert diverge(checkpoint, onnx, TEXTS, 48).metrics() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_large_model_scores_some_texts_at_a_time(
+    onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [np.arange(3, 3 + length, dtype=np.int32) for length in (7, 8, 9, 9, 12)]
+    whole = OnnxLogits(onnx).logits(pieces)
+    place = 4 * GenaiConfig.read(onnx).decoder.token_values
+    monkeypatch.setattr("phi3_mlflow.evaluation.logits._MOST_CACHE", 26 * place)
+    source, asked = OnnxLogits(onnx), []
+    prefill = source._prefill
+    monkeypatch.setattr(source, "_prefill", lambda part: asked.append(len(part)) or prefill(part))
+    for found, expected in zip(source.logits(pieces), whole, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert asked == [2, 2, 1]
 
 
 def test_a_checkpoint_does_not_differ_from_itself(checkpoint: Path, tmp_path: Path) -> None:
