@@ -8,6 +8,7 @@ library alone.
 
 from __future__ import annotations
 
+import compileall
 import fcntl
 import hashlib
 import os
@@ -36,6 +37,7 @@ VENV = ROOT / ".venv"
 LOCK = ROOT / ".venv.lock"
 BROKEN_OFF = VENV / ".installing"
 LOG = VENV / "install.log"
+COMPILED = VENV / ".compiled"
 # Without a terminal a line of progress that often, in seconds; on one, a line that is rewritten.
 QUIET_INTERVAL = 10.0
 TERMINAL_INTERVAL = 0.5
@@ -51,10 +53,12 @@ def main(arguments: list[str]) -> int:
         print("usage: setup_venv.py runtime|dev", file=sys.stderr)
         return 2
     kind = arguments[0]
-    if is_ready(kind):
+    if is_ready(kind) and is_compiled():
+        compile_own()
         return 0
     with one_at_a_time() as lock:
         if is_ready(kind):
+            compile_packages(lock)
             return 0
         started = time.monotonic()
         create_venv(lock)
@@ -122,6 +126,7 @@ def create_venv(lock: int) -> None:
         say(f"creating .venv with Python {sys.version.split()[0]}")
         _create_empty_venv()
     BROKEN_OFF.touch()
+    COMPILED.unlink(missing_ok=True)
     wanted = conda_pip_version()
     pip = [str(VENV / "bin" / "python"), "-m", "pip"]
     shown = subprocess.run([*pip, "--version"], capture_output=True, text=True)
@@ -184,11 +189,12 @@ def compile_packages(lock: int) -> None:
     and mlflow anew: importing the two takes 11 s in place of 5. Elsewhere the first import of a
     module keeps its byte code, and compiling all of them at once would take longer than that.
     """
-    if not sys.flags.dont_write_bytecode:
+    compile_own()
+    if is_compiled():
         return
     say("compiling the packages once, since PYTHONDONTWRITEBYTECODE keeps imports from doing it")
     command = [str(VENV / "bin" / "python"), "-m", "compileall", "-q", "-j", "0"]
-    command += ["-x", NOT_COMPILED, str(VENV / "lib"), *(str(ROOT / name) for name in OWN)]
+    command += ["-x", NOT_COMPILED, str(VENV / "lib")]
     hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     with LOG.open("a", encoding="utf-8") as log:
@@ -199,6 +205,19 @@ def compile_packages(lock: int) -> None:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
             pass_fds=(lock,),
         )  # fmt: skip
+    COMPILED.touch()
+
+
+def is_compiled() -> bool:
+    """Whether there is nothing to compile, or nowhere to keep it."""
+    return not sys.flags.dont_write_bytecode or COMPILED.exists() or not os.access(VENV, os.W_OK)
+
+
+def compile_own() -> None:
+    """Compile what changed of the project, where no import keeps its byte code."""
+    if sys.flags.dont_write_bytecode:
+        for name in OWN:
+            compileall.compile_dir(ROOT / name, quiet=2)
 
 
 def run_pip(command: list[str], what: str, lock: int) -> None:

@@ -33,6 +33,8 @@ def setup_venv(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOCK", tmp_path / ".venv.lock")
     monkeypatch.setattr(module, "BROKEN_OFF", tmp_path / ".venv" / ".installing")
     monkeypatch.setattr(module, "LOG", tmp_path / ".venv" / "install.log")
+    monkeypatch.setattr(module, "COMPILED", tmp_path / ".venv" / ".compiled")
+    monkeypatch.setattr(module, "OWN", ())  # the checkout's own byte code stays as it is
     return module
 
 
@@ -42,6 +44,7 @@ def fake_venv(module) -> None:
     (module.VENV / "bin" / "python").touch()
     module.BROKEN_OFF.touch()
     module.mark_ready("runtime")
+    module.COMPILED.touch()
 
 
 # --- pip_env ------------------------------------------------------------------------------------
@@ -258,14 +261,37 @@ def test_packages_are_compiled_where_no_import_may_keep_its_byte_code(
     package = packages_of(setup_venv)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(setup_venv, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_venv, "OWN", ("steps",))
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "main.py").write_text("x = 1\n")
-    monkeypatch.setattr(setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=1))
+    monkeypatch.setattr(setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=1, optimize=0))
     with setup_venv.one_at_a_time() as lock:
         setup_venv.compile_packages(lock)
     assert [p.name.partition(".")[0] for p in package.rglob("*.pyc")] == ["one"]
     assert list((tmp_path / "steps").rglob("main*.pyc")), "the project is no package of .venv"
     assert capsys.readouterr().out.count("\n") == 1
+    (tmp_path / "steps" / "new.py").write_text("x = 1\n")
+    with setup_venv.one_at_a_time() as lock:
+        setup_venv.compile_packages(lock)
+    assert list((tmp_path / "steps").rglob("new*.pyc")), "what changed of the project since"
+    assert capsys.readouterr().out == "", "the packages are compiled once"
+
+
+@pytest.mark.parametrize(("off", "compiled"), [(1, True), (0, False)])
+def test_a_ready_environment_is_compiled_when_byte_code_is_not_kept_any_more(
+    setup_venv, monkeypatch, off, compiled
+):
+    package = packages_of(setup_venv)
+    monkeypatch.setattr(setup_venv, "is_ready", lambda kind: True)
+    monkeypatch.setattr(
+        setup_venv.sys, "flags", SimpleNamespace(dont_write_bytecode=off, optimize=0)
+    )
+    assert setup_venv.main(["runtime"]) == 0
+    assert bool(list(package.rglob("*.pyc"))) == compiled
+    for file in package.rglob("*.pyc"):
+        file.unlink()
+    assert setup_venv.main(["runtime"]) == 0
+    assert not list(package.rglob("*.pyc")), "once"
 
 
 def test_packages_are_left_to_be_compiled_by_their_first_import(setup_venv, monkeypatch, capsys):
