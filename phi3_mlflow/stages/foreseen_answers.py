@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phi3_mlflow.core.rates import Rates
     from phi3_mlflow.stages.foreseen import Model
 
+_HALVES = 8  # answers that are taken to be known, each half as long as allowed
 _READ = 2  # times the weights are moved in a pass: read, and turned into float32
 
 
@@ -71,25 +72,33 @@ def full_precision(
         kept = max(longest * model.cached, min(room, all_of_them * model.cached))
         widest = 2 * model.mlp // (3 * model.hidden)
         memory = kept + generation_memory(model.hidden, widest)
-        seconds += sum(layer_by_layer(model, some, rates, room) for some in asked)
+        seconds += sum(layer_by_layer(model, some, rates, free) for some in asked)
     return Foreseen(memory=LIBRARIES + memory, seconds=seconds)
 
 
-def layer_by_layer(model: Model, asked: Sequence[Expected], rates: Rates, room: int) -> float:
+def layer_by_layer(
+    model: Model, asked: Sequence[Expected], rates: Rates, free: int | None
+) -> float:
     """Seconds for answers in passes through the layers.
 
     Args:
         model: its sizes.
         asked: what the questions take.
         rates: of this machine.
-        room: bytes that keys and values may take.
+        free: memory that is available; None where that is not known.
     """
+    reading, room = _READ * model.nbytes / rates.memory, room_for_answers(free)
+    if free is not None and model.nbytes > free - room:
+        # The system's cache of files cannot hold them: every pass reads them from the disk.
+        reading += model.nbytes / rates.disk
     costs = Costs(
-        fixed=_READ * model.nbytes / rates.memory,
+        fixed=reading,
         place=model.products / rates.products,
         together=PASS_PLACES,
     )
     forecast = Forecast(costs, room // model.cached, MOST_TEXTS)
+    for _ in range(_HALVES):
+        forecast.lengths.note(1, 2, ended=True)
     return forecast.seconds(forecast.left((), sorted(asked, key=lambda takes: -takes.tokens)))
 
 

@@ -15,10 +15,12 @@ from phi3_mlflow.config.profile import Profile
 from phi3_mlflow.core import console
 from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.rates import Rates, measure_rates
+from phi3_mlflow.evaluation.batching import Expected
 from phi3_mlflow.pipeline.step import carry_out
 from phi3_mlflow.quantization.preflight import needs
 from phi3_mlflow.stages import fetch, foreseen_training, foresight, main
 from phi3_mlflow.stages.foreseen import Foreseen, Model, roughly
+from phi3_mlflow.stages.foreseen_answers import layer_by_layer
 from phi3_mlflow.stages.foresight import foresee, known_model, refuse_what_does_not_fit
 from phi3_mlflow.training.memory import training_memory
 from tests.conftest import Workspace
@@ -172,6 +174,14 @@ def test_answers_of_the_reference_are_foreseen_where_they_are_asked_for(
     assert ((asked.seconds or 0) > 1.2 * (without.seconds or 0)) is more
     if free < 32:
         assert asked.memory < 8e9
+
+
+def test_weights_that_no_cache_holds_are_read_from_the_disk_for_every_pass() -> None:
+    model, asked = model_of("phi-3-mini-4k"), [Expected(50, 40)] * 10
+    cached, read = (
+        layer_by_layer(model, asked, QUIET, free * 10**9) for free in (14, 9)
+    )  # fmt: skip
+    assert read - cached > 15 * model.nbytes / QUIET.disk, "some twenty passes"
 
 
 def test_main_refuses_to_train_before_the_download(
