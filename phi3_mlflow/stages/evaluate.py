@@ -14,7 +14,10 @@ no network.
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3_mlflow.artifacts.inputs import Folder, Input
@@ -41,11 +44,11 @@ from phi3_mlflow.tracking.connection import tracking_identity
 from phi3_mlflow.tracking.registry import VersionName
 from phi3_mlflow.tracking.stored_files import refuse_damaged
 from phi3_mlflow.trust.attestations import sign_verdict
+from phi3_mlflow.trust.bom import BOM_NAME, with_figures
 from phi3_mlflow.trust.policy import refuse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from phi3_mlflow.artifacts.cache import Entry, StepCache
     from phi3_mlflow.config.profile import Profile
@@ -147,7 +150,9 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
         for version in work.inputs.version.value:
             console.say(f"  {version.uri}")
             result = evaluator.evaluate(version, work.out / version.version)
-            versions[version.uri] = EvaluatedVersion.model_validate(result.record())
+            evaluated = EvaluatedVersion.model_validate(result.record())
+            versions[version.uri] = evaluated
+            write_materials(version, headline_metrics(evaluated), work.out / version.version)
             for name, plot in result.plots.items():
                 mlflow.log_figure(plot, f"figures/version-{version.version}/{name}.png")
             if not work.metrics:
@@ -203,6 +208,23 @@ class Evaluate(Step[EvaluateInputs, EvaluationRecord]):
             signs = request.profile.trust.sign_with
             if signs is not None and sign_verdict(version, signs):
                 console.say(f"  signed the verdict on {uri}")
+
+
+def write_materials(version: VersionName, figures: Mapping[str, float], folder: Path) -> None:
+    """Put the bill of materials of a version, with its figures, beside its report.
+
+    The one that lies with the model was written before anything was measured. Models that were
+    logged before there was one have none here either.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as temporary, suppress(MlflowException, OSError):
+        file = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{version.uri}/{BOM_NAME}", dst_path=temporary
+        )
+        if text := with_figures(Path(file).read_text("utf-8"), figures):
+            (folder / BOM_NAME).write_text(text, "utf-8")
 
 
 def _input(versions: Sequence[VersionName]) -> Input[Versions]:

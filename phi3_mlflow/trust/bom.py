@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import phi3_mlflow
@@ -38,7 +38,6 @@ class Described:
         tags: the version's.
         recipe: how it is made again; None where that is not known.
         requirements: what it takes to load it, `NAME==VERSION`.
-        figures: what was measured, once it has been.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Described:
     tags: Mapping[str, str]
     recipe: Mapping[str, Any] | None
     requirements: Sequence[str]
-    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def bom_text(model: Described) -> str:
@@ -62,7 +60,7 @@ def bom(model: Described) -> dict[str, Any]:
     digest = model.tags.get("artifact_sha256", "unknown")
     libraries = list(_libraries(model))
     reference = f"model:{model.name}@{digest}"
-    told = json.dumps(sorted(model.tags.items())) + json.dumps(sorted(model.figures.items()))
+    told = json.dumps(sorted(model.tags.items()))
     tool = {"type": "application", "name": "phi3-mlflow", "version": phi3_mlflow.__version__}
     base = {
         "type": "machine-learning-model",
@@ -188,14 +186,31 @@ def _card(model: Described, data: Sequence[str]) -> dict[str, Any]:
     }
     if "adapter_sha256" in model.tags:
         card["modelParameters"]["approach"] = {"type": "supervised"}
-    if model.figures:
+    return card
+
+
+def with_figures(text: str, figures: Mapping[str, float]) -> str | None:
+    """A model's bill of materials with what was measured of it: the next version of the same.
+
+    Args:
+        text: as it lies with the model.
+        figures: by name.
+
+    Returns:
+        None where the text is no bill of materials of this project.
+    """
+    try:
+        made = json.loads(text)
+        card = made["metadata"]["component"]["modelCard"]
+        made["version"] = 2
         card["quantitativeAnalysis"] = {
             "performanceMetrics": [
-                {"type": name, "value": f"{value:.6g}"}
-                for name, value in sorted(model.figures.items())
+                {"type": name, "value": f"{value:.6g}"} for name, value in sorted(figures.items())
             ]
         }
-    return card
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 
 def package_url(source: str) -> str:

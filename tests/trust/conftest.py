@@ -112,12 +112,13 @@ class Line:
             "files": [vars(entry) for entry in entries],
             "libraries": {"onnx": "1.23.2"},
         }
-        content = {"flavors": {}, "metadata": {"recipe": recipe}}
-        (place / "MLmodel").write_text(yaml.safe_dump(content))
-        digest = list_files(place)
         client = registry.client()
         experiment = mlflow.set_experiment("trust").experiment_id
         model = client.create_logged_model(experiment, name="files")
+        known = {"model_id": model.model_id, "model_uuid": model.model_id}
+        content = {"flavors": {}, "metadata": {"recipe": recipe}, **known}
+        (place / "MLmodel").write_text(yaml.safe_dump(content))
+        digest = list_files(place)
         client.log_model_artifacts(model.model_id, str(place))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         mark_files(model.model_id, digest)

@@ -15,10 +15,11 @@ from referencing import Registry, Resource
 
 from phi3_mlflow.config.loading import load_profile, profile_names
 from phi3_mlflow.stages.card import front_matter, model_card
+from phi3_mlflow.stages.evaluate import write_materials
 from phi3_mlflow.tracking.registry import VersionName
 from phi3_mlflow.trust import provenance as statements
 from phi3_mlflow.trust.attestations import PROVENANCE, place_of, sign_version
-from phi3_mlflow.trust.bom import Described, bom, bom_text
+from phi3_mlflow.trust.bom import BOM_NAME, Described, bom, bom_text, with_figures
 from phi3_mlflow.trust.bundles import open_bundle
 from phi3_mlflow.trust.keys import trusted
 from tests.trust.conftest import Keys, Line
@@ -77,7 +78,7 @@ def described(**changes: object) -> Described:
         {},
         {"recipe": None, "requirements": []},
         {"licence": "a licence of our own"},
-        {"licence": "Apache-2.0", "figures": {"accuracy": 0.5, "kl_mean": 0.01}},
+        {"licence": "Apache-2.0"},
         {"tags": {**TAGS, "adapter_sha256": "6" * 64}},
         {"recipe": {**RECIPE, "profile": {"source": "file:/some/where"}}},
     ],
@@ -91,6 +92,33 @@ def test_the_bill_of_materials_keeps_to_the_schema(changes: dict, schema: Draft7
         references |= {inner["bom-ref"] for inner in component.get("components", ())}
     (dependency,) = made["dependencies"]
     assert {dependency["ref"], *dependency["dependsOn"]} <= references
+
+
+def test_figures_make_it_the_next_version_of_the_same(schema: Draft7Validator) -> None:
+    before = bom(described())
+    after = json.loads(with_figures(json.dumps(before), {"kl_mean": 0.0123456789, "accuracy": 0.5}))
+    assert not list(schema.iter_errors(after))
+    assert after["serialNumber"] == before["serialNumber"]
+    assert (before["version"], after["version"]) == (1, 2)
+    analysis = after["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]
+    assert analysis["performanceMetrics"] == [
+        {"type": "accuracy", "value": "0.5"},
+        {"type": "kl_mean", "value": "0.0123457"},
+    ]
+    for text in ("", "{", "[]", '{"metadata": 1}'):
+        assert with_figures(text, {}) is None
+
+
+def test_the_bill_with_figures_lies_beside_the_report(
+    line: Line, name: str, tmp_path: Path
+) -> None:
+    version = line.version(name, **{BOM_NAME: bom_text(described()).encode()})
+    (report := tmp_path / "report").mkdir()
+    write_materials(version, {"kl_mean": 0.1}, report)
+    assert json.loads((report / BOM_NAME).read_text())["version"] == 2
+    (other := tmp_path / "other").mkdir()
+    write_materials(line.version(name), {"kl_mean": 0.1}, other)
+    assert not list(other.iterdir())
 
 
 @given(licence=st.text(min_size=1), text=st.text(), name=st.text(min_size=1))
