@@ -103,11 +103,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         checkpoint, rows.rows, (), chosen,
         folder=place / "run", out=out, base_model="none", listener=_Listener(),
     )  # fmt: skip
-    return {"sha256": trained.adapter_sha256, "tokens": rows.tokens * chosen.num_train_epochs}
+    losses = [point["loss"] for point in trained.curve if "loss" in point]
+    tokens = rows.tokens * chosen.num_train_epochs
+    return {"sha256": trained.adapter_sha256, "tokens": tokens, "losses": losses}
 
 
 def trl(job: dict[str, Any]) -> dict[str, Any]:
-    """The same as a script of trl's documentation would do it."""
+    """The same as a script of trl's documentation would do it; on a GPU in bfloat16."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -117,6 +119,8 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
 
     chosen, place = job["settings"], Path(job["place"])
     torch.set_num_threads(chosen["threads"])
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = []
     for line in Path(job["rows"]).read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -133,7 +137,7 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
             say("step", state.global_step, time.monotonic())
 
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype),
         args=SFTConfig(
             output_dir=str(place / "run"),
             learning_rate=chosen["learning_rate"],
@@ -145,13 +149,14 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
             lr_scheduler_type="cosine",
             save_steps=chosen["save_steps"],
             save_total_limit=2,
+            logging_steps=1,
             seed=0,
             max_length=1024,
             completion_only_loss=True,
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job["checkpoint"]),
@@ -169,7 +174,8 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     trainer.save_model(str(place / "adapter"))
     content = (place / "adapter" / "adapter_model.safetensors").read_bytes()
-    return {"sha256": hashlib.sha256(content).hexdigest(), "tokens": tokens}
+    losses = [point["loss"] for point in trainer.state.log_history if "loss" in point]
+    return {"sha256": hashlib.sha256(content).hexdigest(), "tokens": tokens, "losses": losses}
 
 
 def checkpoint_of(args: Any, folder: Path) -> Path:
@@ -208,6 +214,9 @@ def main() -> None:
     from phi3_mlflow.core.meter import peak_rss_bytes
 
     told = {"ours": ours, "trl": trl}[sys.argv[1]](json.loads(sys.argv[2]))
+    torch = sys.modules["torch"]
+    if torch.cuda.is_available():
+        told["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     say("done", json.dumps(told | {"peak_rss_bytes": peak_rss_bytes()}))
 
 

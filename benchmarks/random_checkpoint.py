@@ -118,7 +118,12 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_random_checkpoint(
-    model: str, out: Path, tokenizer: Path | None = None, layers: int | None = None, seed: int = 0
+    model: str,
+    out: Path,
+    tokenizer: Path | None = None,
+    layers: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> int:
     """Write the checkpoint, in bfloat16.
 
@@ -128,6 +133,7 @@ def write_random_checkpoint(
         tokenizer: a directory with the tokenizer files to copy; None writes a byte-level one.
         layers: number of decoder layers, None for as many as the model has.
         seed: of the weights.
+        device: that draws them; `cuda` takes seconds, and draws others than `cpu`.
 
     Returns:
         The bytes of the weights.
@@ -143,16 +149,16 @@ def write_random_checkpoint(
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shapes = tensor_shapes(config)
     announced = {name: Announced("BF16", shape) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with CheckpointWriter(out, announced) as writer:
         for name, shape in shapes.items():
             if "norm" in name:
                 writer.write(name, torch.ones(shape, dtype=torch.bfloat16))
                 continue
-            tensor = torch.empty(shape, dtype=torch.bfloat16)
+            tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
             for start in range(0, shape[0], 2048):
                 tensor[start : start + 2048].normal_(0, 0.02, generator=generator)
-            writer.write(name, tensor)
+            writer.write(name, tensor.cpu())
     if tokenizer is None:
         _byte_level_tokenizer(out, config)
     else:
@@ -193,8 +199,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer files to copy")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cuda draws the weights on a GPU")
     args = parser.parse_args()
-    size = write_random_checkpoint(args.model, args.out, args.tokenizer, args.layers, args.seed)
+    size = write_random_checkpoint(
+        args.model, args.out, args.tokenizer, args.layers, args.seed, args.device
+    )
     print(f"{args.out}: {size / 1e9:.2f} GB of random weights in the shapes of {args.model}")
 
 

@@ -176,6 +176,8 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     [
         ({"contract": "prompt", "flavor": "transformers"}, "contract 'prompt' needs flavor 'onnx'"),
         ({"runtime": {"max_context": 4096}}, "beyond the model's context_length 128"),
+        ({"runtime": {"provider": "cuda"}, "precision": "fp32"}, "'cuda' needs precision 'int4'"),
+        ({"runtime": {"provider": "cuda", "kv_cache": "int8"}}, "'int8' is for provider 'cpu'"),
         ({"source": "gopher:x"}, "gopher"),
         ({"gate": {"thresholds": {"kl_mean": {}}}}, "give min, max or both"),
         ({"gate": {"thresholds": {"kl_mean": {"min": 2, "max": 1}}}}, "min 2.0 is above max 1.0"),

@@ -126,6 +126,17 @@ class Profile(Section):
                 f"contract 'prompt' needs flavor 'onnx', found flavor '{self.flavor}'; "
                 "the transformers flavor answers the chat contract only"
             )
+        if self.makes_onnx and self.precision != "int4" and self.runtime.provider == "cuda":
+            raise ValueError(
+                f"runtime.provider 'cuda' needs precision 'int4' in the ONNX model, found "
+                f"'{self.precision}': onnxruntime has no attention in float32 on a GPU; for full "
+                "precision there choose flavor 'transformers'"
+            )
+        if self.runtime.kv_cache == "int8" and self.runtime.provider == "cuda":
+            raise ValueError(
+                "runtime.kv_cache 'int8' is for provider 'cpu', found 'cuda', which keeps keys and "
+                "values in float16"
+            )
         judge = self.evaluation.judge
         judges = {metric for metric in self.gate.thresholds if metric.startswith("judge.")}
         if unknown := sorted(judges - set(judge.metrics if judge else ())):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.machine import usable_cores
 from phi3_mlflow.runtime.genai_config import GenaiConfig
+from phi3_mlflow.runtime.genai_folder import provider_here, session_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,11 +44,9 @@ class OnnxLogits:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime_genai as og
 
-        config = og.Config(str(directory))
-        options = {"intra_op_num_threads": usable_cores()}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og = og
-        self._model = og.Model(config)
+        provider = provider_here(og, directory)
+        self._model = og.Model(session_config(og, directory, provider, usable_cores()))
         place = 4 * GenaiConfig.read(directory).decoder.token_values
         self._places = _MOST_CACHE // place
 
@@ -74,7 +72,7 @@ class OnnxLogits:
         params.set_search_options(max_length=rows.shape[1] + 1, batch_size=rows.shape[0])
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(rows)
-        found: Array = np.asarray(generator.get_output("logits"))
+        found: Array = np.asarray(generator.get_output("logits"), dtype=np.float32)
         return [row[: len(piece)] for row, piece in zip(found, pieces, strict=True)]
 
 

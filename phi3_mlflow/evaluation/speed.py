@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from phi3_mlflow.core import console
 from phi3_mlflow.core.machine import usable_cores
 from phi3_mlflow.evaluation.load import LIMIT, LoadWatch
+from phi3_mlflow.runtime.genai_folder import provider_here, session_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,10 +36,8 @@ def decode_speed(onnx: Path, *, threads: int = 0, tokens: int = 64, runs: int = 
     import numpy as np
     import onnxruntime_genai as og
 
-    config = og.Config(str(onnx))
-    options = {"intra_op_num_threads": threads or usable_cores()}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    model = og.Model(config)
+    provider = provider_here(og, onnx)
+    model = og.Model(session_config(og, onnx, provider, threads or usable_cores()))
     about = json.loads((onnx / "genai_config.json").read_text(encoding="utf-8"))["model"]
     prompt = np.arange(PROMPT_TOKENS, dtype=np.int32) % int(about["vocab_size"])
     speeds: list[float] = []

@@ -18,7 +18,10 @@ class RuntimeSettings(Section):
         ge=16,
         description="tokens of prompt and answer together; default: the model's",
     )
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="where the model answers; cuda exports the ONNX model for a GPU, in float16",
+    )
     kv_cache: Literal["float32", "int8"] = Field(
         default="float32",
         description="what keys and values are kept as; int8 takes a quarter of the memory for "

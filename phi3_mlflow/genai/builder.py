@@ -71,11 +71,11 @@ class _Streaming:
             return
         kind = _TYPES[tensor.kind]
         wanted = kwargs.get("to") or kind
-        if wanted != kind:
+        if wanted != kind and (kind, wanted) != (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             raise TypeError(f"{name} is {kind} and the graph wants {wanted}")
         lazy = ir.LazyTensor(
-            lambda: ir.tensor(tensor.numpy(), name=name),
-            dtype=kind,
+            lambda: ir.tensor(tensor.numpy().astype(wanted.numpy(), copy=False), name=name),
+            dtype=wanted,
             shape=ir.Shape(tensor.shape),
             name=name,
         )
@@ -102,7 +102,7 @@ class _Streaming:
         inputs = []
         for part, array in parts.items():
             name = f"model.embed_tokens.{part}"
-            self.make_initializer(array, name)
+            self.make_initializer(array, name, to=self.io_dtype if part == "scales" else None)
             inputs.append(name)
         gather = f"{basename}/GatherBlockQuantized"
         self.make_node(
@@ -166,7 +166,7 @@ def streaming_builder(
         stored: how its matrices are quantized; None for a float checkpoint.
         reader: its tensors.
         precision: `int4` or `fp32`.
-        provider: the execution provider, `cpu`.
+        provider: the execution provider, `cpu` or `cuda`.
         options: the builder's extra options.
         progress: told the bytes written.
 
@@ -179,7 +179,8 @@ def streaming_builder(
             delattr(config, name)
     kind = _StreamingPhi3LongRoPE if rope.long else _StreamingPhi3
     onnx_type = ir.DataType.INT4 if precision == "int4" else ir.DataType.FLOAT
-    builder = kind(config, ir.DataType.FLOAT, onnx_type, provider, "", dict(options))
+    io_type = ir.DataType.FLOAT16 if provider == "cuda" else ir.DataType.FLOAT
+    builder = kind(config, io_type, onnx_type, provider, "", dict(options))
     builder.reader = reader
     builder.checkpoint_config = checkpoint_config
     builder.stored = stored

@@ -12,7 +12,9 @@ import onnx
 import onnxruntime_genai as og
 
 from phi3_mlflow.core.errors import ProjectError, problem_list
+from phi3_mlflow.core.machine import usable_cores
 from phi3_mlflow.genai.export import DATA_FILE, MODEL_FILE
+from phi3_mlflow.runtime.genai_folder import provider_here, session_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -177,7 +179,9 @@ def _data_problems(graph: onnx.GraphProto, onnx_dir: Path) -> list[str]:
 
 def _probe(onnx_dir: Path) -> int:
     try:
-        model = og.Model(str(onnx_dir))
+        # A graph for a GPU runs without one too, on the machine that builds it.
+        config = session_config(og, onnx_dir, provider_here(og, onnx_dir), usable_cores())
+        model = og.Model(config)
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=len(_PROBE) + 1)
         generator = og.Generator(model, params)

@@ -7,7 +7,7 @@ import io
 import shutil
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers import AutoConfig
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+Provider = Literal["cpu", "cuda"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ExportReport:
 
     Attributes:
         precision: `int4` or `fp32`.
-        provider: the execution provider it was built for.
+        provider: what it was built for, `cpu` or `cuda`.
         model_bytes, data_bytes: sizes of `model.onnx` and `model.onnx.data`.
         seconds: wall time.
     """
@@ -54,7 +56,7 @@ def export_onnx(
     *,
     precision: Literal["int4", "fp32"],
     accuracy_level: int = 4,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     kv_sequences: Sequence[Sequence[int]] = (),
     progress: Progress = no_progress,
 ) -> ExportReport:
@@ -68,7 +70,8 @@ def export_onnx(
         out: the directory to write into; made if it is not there.
         precision: `int4` or `fp32`.
         accuracy_level: what MatMulNBits computes in (4 int8, 1 float32, 0 the runtime's choice).
-        provider: execution provider; `cpu` is the one there is.
+        provider: what the graph is for: `cpu` computes in float32, `cuda` in float16, which is
+            what onnxruntime has attention for on a GPU, and with int4 weights only.
         kv_sequences: token ids of texts; when there are some, keys and values are kept as int8,
             with scales from what the model makes of them.
         progress: told the bytes written, and the texts read.
@@ -78,8 +81,18 @@ def export_onnx(
         UserError: an argument that is not allowed.
     """
     started = time.monotonic()
-    if provider != "cpu":
-        raise UserError(f"provider {provider!r} is not supported; allowed: cpu")
+    if provider not in PROVIDERS:
+        raise UserError(f"provider {provider!r}: allowed are {' and '.join(PROVIDERS)}")
+    if provider == "cuda" and precision != "int4":
+        raise UserError(
+            f"provider 'cuda' takes precision int4, found {precision}: onnxruntime has no "
+            "attention in float32 on a GPU. For full precision there choose flavor transformers"
+        )
+    if provider == "cuda" and kv_sequences:
+        raise UserError(
+            "keys and values in int8 are for provider 'cpu', found 'cuda', which keeps them in "
+            "float16"
+        )
     if accuracy_level not in range(5):
         raise UserError(f"accuracy_level {accuracy_level!r}: allowed are 0, 1, 2, 3 and 4")
     checkpoint_config = read_config(checkpoint)
@@ -91,8 +104,10 @@ def export_onnx(
         (out / name).unlink(missing_ok=True)
     with _quiet():
         _build(
-            checkpoint, checkpoint_config, stored, reader, out, precision, accuracy_level, progress
-        )
+            checkpoint, checkpoint_config, stored, reader, out,
+            precision=precision, accuracy_level=accuracy_level, provider=provider,
+            progress=progress,
+        )  # fmt: skip
     if kv_sequences:
         use_int8(out, kv_sequences, rope_of(checkpoint_config).rotated, progress)
     for file in licence_files(checkpoint):
@@ -112,8 +127,10 @@ def _build(
     stored: StoredQuantization | None,
     reader: CheckpointReader,
     out: Path,
+    *,
     precision: str,
     accuracy_level: int,
+    provider: str,
     progress: Progress,
 ) -> None:
     config = AutoConfig.from_pretrained(str(checkpoint), trust_remote_code=False)
@@ -136,7 +153,7 @@ def _build(
             stored,
             reader,
             precision=precision,
-            provider="cpu",
+            provider=provider,
             options=options,
             progress=progress,
         )

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 def kv_cache(onnx_dir: Path) -> str:
-    """`float32` or `int8`: what the graph keeps keys and values as."""
+    """`float32`, `float16` or `int8`: what the graph keeps keys and values as."""
     import onnx
 
     file = onnx_dir / GenaiConfig.read(onnx_dir).decoder.filename
     graph = onnx.load(file, load_external_data=False).graph
     kinds = {value.type.tensor_type.elem_type for value in graph.input}
-    return "int8" if onnx.TensorProto.INT8 in kinds else "float32"
+    if onnx.TensorProto.INT8 in kinds:
+        return "int8"
+    return "float16" if onnx.TensorProto.FLOAT16 in kinds else "float32"

@@ -118,7 +118,8 @@ class EngineSettings:
         max_context: upper bound for prompt and answer together; 0: what the model was made for.
         provider: `cpu` or `cuda`.
         rope_switch: see `Engine.rope_switch`.
-        kv_cache: what the graph keeps keys and values as, `float32` or `int8` (onnxruntime only).
+        kv_cache: what the graph keeps keys and values as, `float32`, `float16` or `int8`
+            (onnxruntime only).
         dtype: number type of the weights (transformers only); empty: as they are stored.
         batch: sequences that are computed together at most (onnxruntime only); 1: none.
     """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .genai_folder import GenaiFolder, threads
+from .genai_folder import GenaiFolder, session_config, threads
 from .request import RequestError
 
 if TYPE_CHECKING:
@@ -36,8 +36,15 @@ class GenaiEngine(GenaiFolder):
         import onnxruntime_genai as og
 
         super().__init__(folder, settings)
+        if settings.provider == "cuda" and self.decoder_graph.provider != "cuda":
+            logging.getLogger(__name__).warning(
+                "model_config provider: this model was exported for the CPU, which then computes "
+                "its attention, many times slower than a GPU would; export it with "
+                "runtime.provider cuda"
+            )
         self._og = og
-        self._model = self._og.Model(_config(self._og, folder, settings))
+        config = session_config(og, folder, settings.provider, threads(settings))
+        self._model = self._og.Model(config)
 
     def open_guided(self, capacity: int, schema: str) -> GuidedSession:
         """Open an empty session whose answer follows a JSON schema.
@@ -130,7 +137,7 @@ class GenaiSession:
 
     def logits(self) -> NDArray[np.float32]:
         """Return the logits of the token that follows, shape (V,), float32."""
-        return np.asarray(self._generator.get_logits()).reshape(-1)
+        return np.asarray(self._generator.get_logits(), dtype=np.float32).reshape(-1)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -158,22 +165,3 @@ class GuidedSession(GenaiSession):
         self._count(1)
         self.reusable = False
         return token
-
-
-def _config(og: Any, folder: Path, settings: EngineSettings) -> Any:
-    config = og.Config(str(folder))
-    config.clear_providers()
-    if settings.provider == "cuda":
-        if not og.is_cuda_available():
-            raise ValueError(
-                "model_config provider: the installed onnxruntime-genai has no CUDA; install "
-                "onnxruntime-genai-cuda in its place, or take provider 'cpu'"
-            )
-        config.append_provider("cuda")
-    elif settings.provider != "cpu":
-        raise ValueError(
-            f"model_config provider: {settings.provider!r} is neither 'cpu' nor 'cuda'"
-        )
-    options = {"intra_op_num_threads": threads(settings)}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    return config

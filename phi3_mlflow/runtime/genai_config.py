@@ -16,6 +16,7 @@ class Decoder:
 
     Attributes:
         filename: of the graph.
+        provider: what the graph was built for, `cpu` or `cuda`.
         layers, heads: how many; heads are those of the keys and values.
         head_size: values of a head.
         window: tokens of the attention's window, 0 without one.
@@ -25,6 +26,7 @@ class Decoder:
     """
 
     filename: str
+    provider: str
     layers: int
     heads: int
     head_size: int
@@ -45,8 +47,10 @@ class Decoder:
         """Read `model.decoder` of the file."""
         inputs, outputs = about.get("inputs", {}), about.get("outputs", {})
         window = about.get("sliding_window") or {}
+        providers = about.get("session_options", {}).get("provider_options", [])
         return cls(
             filename=about.get("filename", "model.onnx"),
+            provider="cuda" if any("cuda" in options for options in providers) else "cpu",
             layers=about["num_hidden_layers"],
             heads=int(about["num_key_value_heads"]),
             head_size=int(about["head_size"]),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .fair_lock import FairLock
 from .genai_config import GenaiConfig
@@ -49,10 +52,7 @@ class GenaiFolder(Tokenizing):
             # The builder names the window but put it into no layer of the graph, and the cache is
             # allocated for the window all the same. Within the window the model is right.
             self.context = min(self.context, self.window)
-        number_bytes = 4 if settings.provider == "cpu" else 2
-        if settings.kv_cache == "int8":
-            number_bytes = 1
-        self.token_bytes = decoder.token_values * number_bytes
+        self.token_bytes = decoder.token_values * np.dtype(settings.kv_cache).itemsize
         self._tokenizer = ChatTokenizer(folder, config.ends)
         self._grammars = GrammarTrial(folder)
 
@@ -73,3 +73,37 @@ class GenaiFolder(Tokenizing):
 def threads(settings: EngineSettings) -> int:
     """Processor threads to take: left alone, onnxruntime-genai takes half of them."""
     return settings.threads or len(os.sched_getaffinity(0))
+
+
+def session_config(og: Any, folder: Path, provider: str, threads: int) -> Any:
+    """What onnxruntime-genai opens a folder's model with.
+
+    Args:
+        og: the module onnxruntime_genai.
+        folder: holds genai_config.json.
+        provider: `cpu` or `cuda`, whatever the model was built for.
+        threads: processor threads.
+
+    Raises:
+        ValueError: a provider that this installation does not have.
+    """
+    config = og.Config(str(folder))
+    config.clear_providers()
+    if provider == "cuda":
+        if not og.is_cuda_available():
+            raise ValueError(
+                "model_config provider: the installed onnxruntime-genai has no CUDA; install "
+                "onnxruntime-genai-cuda in its place, or take provider 'cpu'"
+            )
+        config.append_provider("cuda")
+    elif provider != "cpu":
+        raise ValueError(f"model_config provider: {provider!r} is neither 'cpu' nor 'cuda'")
+    options = {"intra_op_num_threads": threads}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return config
+
+
+def provider_here(og: Any, folder: Path) -> str:
+    """Where a folder's model is computed here: `cuda` if it was built for that and there is one."""
+    built_for_cuda = GenaiConfig.read(folder).decoder.provider == "cuda"
+    return "cuda" if built_for_cuda and og.is_cuda_available() else "cpu"

@@ -221,7 +221,7 @@ def require_memory(
     several = f" in each of {here} processes" if here > 1 else ""
     ways = [
         f"{text} takes {_gb(training_memory(checkpoint, changed, longest).total)}"
-        for text, changed in ([] if streamed else _less(settings))
+        for text, changed in ([] if streamed else less(settings))
     ]
     if not streamed and not settings.not_streamed():
         small = _gb(streamed_memory(checkpoint, settings, longest).total)
@@ -240,7 +240,7 @@ def require_memory(
     )
 
 
-def _less(settings: TrainSettings) -> list[tuple[str, TrainSettings]]:
+def less(settings: TrainSettings) -> list[tuple[str, TrainSettings]]:
     """Settings that take less memory and come to the same, each with its name."""
     found = []
     batch = settings.per_device_train_batch_size

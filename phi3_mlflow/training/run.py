@@ -153,8 +153,14 @@ def _curve(history: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], ..
 
 
 @contextmanager
-def reproducible(threads: int) -> Iterator[None]:
-    """So many threads, and of two ways to compute something the one that always gives the same."""
+def reproducible(threads: int, *, on_gpu: bool = False) -> Iterator[None]:
+    """So many threads, and of two ways to compute something the one that always gives the same.
+
+    Args:
+        threads: processor threads.
+        on_gpu: whether a GPU computes. Attention there goes backward in another order each time
+            unless what is not reproducible is an error; a warning is not enough.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
@@ -162,7 +168,7 @@ def reproducible(threads: int) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic
     fills = deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not on_gpu)
     # Finds code that reads what nobody wrote; it takes half as much memory again, and time.
     deterministic.fill_uninitialized_memory = False
     try:

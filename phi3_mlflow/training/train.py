@@ -18,9 +18,11 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from phi3_mlflow.core.errors import EnvironmentProblem
 from phi3_mlflow.core.progress import hide_bars_of_transformers
 from phi3_mlflow.training import processes
 from phi3_mlflow.training.lora import lora_config
+from phi3_mlflow.training.memory import less
 from phi3_mlflow.training.packing import Pack, PackCollator, pack, tokens_in
 from phi3_mlflow.training.rehearsal import PIECE, Rehearsal
 from phi3_mlflow.training.run import KEPT, carry_out, reproducible
@@ -53,8 +55,27 @@ class _Deaf:
 
 
 def _run(job: Job, listener: Listener) -> None:
-    with reproducible(job.settings.threads):
-        _trainer(job, listener).train(resume_from_checkpoint=str(job.start) if job.start else None)
+    start = str(job.start) if job.start else None
+    with reproducible(job.settings.threads, on_gpu=torch.cuda.is_available()):
+        try:
+            _trainer(job, listener).train(resume_from_checkpoint=start)
+        except torch.OutOfMemoryError as error:
+            raise _gpu_is_too_small(job) from error
+
+
+def _gpu_is_too_small(job: Job) -> EnvironmentProblem:
+    settings, gpu = job.settings, torch.cuda.get_device_properties(torch.cuda.current_device())
+    batch = settings.per_device_train_batch_size
+    tokens = max(len(row.input_ids) for row in job.rows)
+    ways = [text for text, _ in less(settings)]
+    ways.append("a smaller train.max_length, which leaves out longer rows")
+    if not settings.not_streamed():
+        ways.append("train.engine: streamed, which computes on the CPU, layer by layer")
+    return EnvironmentProblem(
+        f"the GPU has too little memory to train with a batch of {batch} x {tokens:,} tokens: "
+        f"{gpu.name}, {gpu.total_memory / 1e9:.1f} GB, and other programs may hold some of it. "
+        f"What takes less: {'; '.join(ways)}."
+    )
 
 
 train = partial(carry_out, _run)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from phi3_mlflow.core.errors import CheckpointRefused, ProjectError, UserError
+from phi3_mlflow.evaluation.logits import OnnxLogits
 from phi3_mlflow.genai.check import check_export
 from phi3_mlflow.genai.export import export_onnx
+from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.quantization import packing
 from phi3_mlflow.quantization.quantize import quantize_checkpoint
 from phi3_mlflow.quantization.settings import KQuantMixedSettings, QuantizationSettings, RtnSettings
+from phi3_mlflow.runtime.genai_config import GenaiConfig
 from tests.fixtures.tiny_phi3 import make_tiny
 
 RTN = RtnSettings(block_size=16)
@@ -219,6 +222,29 @@ def test_precision_must_fit_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
         export_onnx(tmp_path / "int4", tmp_path / "onnx", precision="fp32")
     with pytest.raises(UserError, match="provider"):
         export_onnx(tiny, tmp_path, precision="fp32", provider="cuda")
+
+
+@pytest.mark.parametrize("architecture", ["phi-3-mini-4k", "phi-3-mini-128k", "phi-4-mini"])
+def test_a_graph_for_a_gpu_is_in_float16_and_runs_without_one(
+    architecture: str, tmp_path: Path
+) -> None:
+    quantize_checkpoint(make_tiny(tmp_path / "float", architecture), tmp_path / "int4", RTN)
+    said = []
+    for provider, kept in (("cpu", "float32"), ("cuda", "float16")):
+        out = tmp_path / provider
+        export_onnx(tmp_path / "int4", out, precision="int4", accuracy_level=1, provider=provider)
+        assert (kv_cache(out), GenaiConfig.read(out).decoder.provider) == (kept, provider)
+        said.append(OnnxLogits(out).logits([np.arange(5, 29, dtype=np.int32)])[0])
+    assert said[1].dtype == np.float32
+    assert 0 < np.linalg.norm(said[0] - said[1]) < 0.01 * np.linalg.norm(said[0])
+
+
+def test_keys_and_values_in_int8_are_not_for_a_gpu(tiny: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(tiny, tmp_path / "int4", RTN)
+    with pytest.raises(UserError, match="int8 are for provider 'cpu'"):
+        export_onnx(
+            tmp_path / "int4", tmp_path, precision="int4", provider="cuda", kv_sequences=[[5, 6]]
+        )
 
 
 def test_version_2_zero_points_are_refused(tiny: Path, tmp_path: Path) -> None:
