@@ -244,8 +244,9 @@ def _provenance(subject: Subject, files: ModelFiles, made: Opened) -> list[Check
     if subject.version not in (None, signed_as):
         told = f"it was signed as {signed_as.uri}, and is offered as {subject.shown}"
         return [Check("provenance", "failed", told)]
+    commit, dash, changes = tags.get("git_commit", "unknown").partition("-")
     told = f"{signed_as.uri}, made from {tags.get('source', 'unknown')} at commit "
-    told += f"{tags.get('git_commit', 'unknown')[:12]}, signed by {made.shown}"
+    told += f"{commit[:12]}{dash}{changes}, signed by {made.shown}"
     checks = [Check("provenance", "ok", told)]
     if subject.version is not None:
         checks.append(_registry(tags, statements.named_tags(subject.tags)))
