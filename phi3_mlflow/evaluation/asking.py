@@ -25,7 +25,7 @@ from phi3_mlflow.evaluation.again import time_again
 from phi3_mlflow.evaluation.answers import Answer, Answers, judged, repeats
 from phi3_mlflow.evaluation.batching import Asking, Pace, asked_alone, expected, rows_together
 from phi3_mlflow.evaluation.load import LoadWatch
-from phi3_mlflow.evaluation.logits import find_model
+from phi3_mlflow.evaluation.model_files import find_model
 from phi3_mlflow.tracking.connection import connect
 from phi3_mlflow.tracking.stored_files import local_files
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.evaluation.answers import NEEDLE, TASK
-from phi3_mlflow.evaluation.logits import ONNX_CONFIG, size_of
+from phi3_mlflow.evaluation.model_files import ONNX_CONFIG, size_of
 from phi3_mlflow.genai.kept import kv_cache
 from phi3_mlflow.runtime.genai_config import GenaiConfig
 

@@ -30,7 +30,6 @@ from phi3_mlflow.evaluation.gate import (
 )
 from phi3_mlflow.evaluation.junit import junit_xml
 from phi3_mlflow.evaluation.load import OTHER_LOAD
-from phi3_mlflow.evaluation.logits import find_model, size_of
 from phi3_mlflow.evaluation.measure import (
     kept,
     long_prompts,
@@ -39,6 +38,7 @@ from phi3_mlflow.evaluation.measure import (
 )
 from phi3_mlflow.evaluation.measurement import Measurement, write_json
 from phi3_mlflow.evaluation.metrics import BASE, FULL
+from phi3_mlflow.evaluation.model_files import find_model, size_of
 from phi3_mlflow.evaluation.paired import FEWEST_QUESTIONS, TIMED
 from phi3_mlflow.evaluation.reference import answer_all, answer_alone, whole_bytes
 from phi3_mlflow.evaluation.report.build import worst_answers, write_report

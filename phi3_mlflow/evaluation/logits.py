@@ -1,11 +1,10 @@
-"""The next-token logits of a model in onnxruntime-genai's format, and which folder holds one."""
+"""The next-token logits of a model in onnxruntime-genai's format."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phi3_mlflow.core.errors import UserError
 from phi3_mlflow.core.machine import usable_cores
 from phi3_mlflow.runtime.genai_config import GenaiConfig
 from phi3_mlflow.runtime.genai_folder import provider_here, session_config
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-
-ONNX_CONFIG = "genai_config.json"
 
 _MOST_CACHE = 1 << 29  # bytes of keys and values that are held at once
 
@@ -74,20 +71,3 @@ class OnnxLogits:
         generator.append_tokens(rows)
         found: Array = np.asarray(generator.get_output("logits"), dtype=np.float32)
         return [row[: len(piece)] for row, piece in zip(found, pieces, strict=True)]
-
-
-def find_model(directory: Path) -> Path:
-    """The folder inside a logged model's files that a runtime opens.
-
-    Raises:
-        UserError: it holds neither an ONNX model nor a checkpoint.
-    """
-    for name in (ONNX_CONFIG, "config.json"):
-        if found := sorted(directory.rglob(name), key=lambda file: len(file.parts)):
-            return found[0].parent
-    raise UserError(f"{directory.name} holds neither {ONNX_CONFIG} nor config.json; not a model")
-
-
-def size_of(folder: Path) -> float:
-    """Bytes of the files in a folder."""
-    return float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))

@@ -22,8 +22,8 @@ from phi3_mlflow.evaluation.baseline import loss_on_task, measure_checkpoint
 from phi3_mlflow.evaluation.batching import Asking
 from phi3_mlflow.evaluation.divergence import Divergence, compare, cut, tokenize
 from phi3_mlflow.evaluation.items import HeldoutText, Needle, Question
-from phi3_mlflow.evaluation.logits import find_model, size_of
 from phi3_mlflow.evaluation.measurement import Measurement
+from phi3_mlflow.evaluation.model_files import find_model, size_of
 from phi3_mlflow.evaluation.needles import build_needle_prompt
 from phi3_mlflow.evaluation.streamed import BATCH_TOKENS, open_logits, streamed, together
 from phi3_mlflow.evaluation.task import CATEGORY, task_metrics

@@ -24,7 +24,8 @@ from phi3_mlflow.artifacts.unfinished import drop_kept_folder, kept_folder
 from phi3_mlflow.checkpoints.reader import CheckpointReader
 from phi3_mlflow.core import console
 from phi3_mlflow.core.progress import show_progress
-from phi3_mlflow.evaluation.logits import ONNX_CONFIG, OnnxLogits
+from phi3_mlflow.evaluation.logits import OnnxLogits
+from phi3_mlflow.evaluation.model_files import ONNX_CONFIG
 from phi3_mlflow.layers import head
 from phi3_mlflow.layers.decoder import Decoder, arithmetic
 from phi3_mlflow.layers.forward import final_states, work

@@ -226,7 +226,7 @@ def logged(onnx_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logged") / "model"
     config = bundle.checked_config({"threads": 1, "model_name": "tiny"})
     _OnnxFlavor().save_model(
-        str(folder), Model(), onnx_dir, "chat", config, None, None, False,
+        str(folder), Model(), onnx_dir, "chat", config, None, None, None, False,
         pip_requirements=["mlflow"],
     )  # fmt: skip
     return folder

@@ -17,7 +17,7 @@ from phi3_mlflow.pipeline.command_line import click_command
 from phi3_mlflow.stages import catalog
 from tests.conftest import ROOT, Workspace
 
-COMMANDS = ("main", "init", "cache", "score", "serve")
+COMMANDS = ("main", "init", "cache", "score", "serve", "verify")
 STEPS = (
     "fetch",
     "train",
