@@ -10,6 +10,7 @@ import yaml
 from phi3_mlflow.evaluation.load import SPEEDS
 from phi3_mlflow.evaluation.metrics import headline
 from phi3_mlflow.tracking.registry import NOT_GATED
+from phi3_mlflow.tracking.runs import without_folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +59,7 @@ def model_card(
         f"- **Training data**: {profile.training_data}",
         *_fine_tuning(tags),
         f"- **Context**: {profile.context_length:,} tokens",
-        f"- **Source**: `{tags.get('source', profile.origin)}` at revision "
+        f"- **Source**: `{without_folders(tags.get('source', profile.origin))}` at revision "
         f"`{tags.get('source_revision', 'unknown')}`",
         f"- **Flavor**: {tags.get('flavor', profile.flavor)}",
         f"- **Precision**: {tags.get('precision', profile.precision)}",
