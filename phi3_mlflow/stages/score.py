@@ -22,11 +22,10 @@ from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import TooManyFailed, UserError, problem_list
-from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.scoring.job import ScoringJob, ScoringSummary
 from phi3_mlflow.scoring.score import score
-from phi3_mlflow.tracking import registry
+from phi3_mlflow.stages.asked_model import model_uri
 from phi3_mlflow.tracking.runs import StepRun, step_run
 
 if TYPE_CHECKING:
@@ -173,31 +172,6 @@ def _master(request: Request, problems: list[str]) -> str | None:
     except UserError as error:
         problems.append(str(error))
         return None
-
-
-def model_uri(request: Request) -> str:
-    """The model to ask; an alias is replaced by the version that it points to now.
-
-    Raises:
-        UserError: there is none.
-    """
-    name, text = request.profile.registered_model, request.value("model_uri")
-    if text == AUTO:
-        champion = registry.alias_of(name, registry.CHAMPION)
-        if champion is None:
-            raise UserError(
-                f"parameter: model_uri = 'auto': no version of {name} carries the alias "
-                f"{registry.CHAMPION}.\nRun  {run_command(profile=request.profile.name)}  "
-                "first, or name a model: -P model_uri=models:/NAME/1"
-            )
-        return f"models:/{name}/{champion}"
-    if text.startswith("models:/") and not text.startswith("models:/m-"):
-        try:
-            return registry.find_version(text, name).uri
-        except UserError as error:
-            told = str(error).replace("parameter: version", "parameter: model_uri")
-            raise UserError(told) from error
-    return text
 
 
 def asked_for(job: ScoringJob) -> dict[str, Any]:

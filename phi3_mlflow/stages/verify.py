@@ -23,9 +23,9 @@ from phi3_mlflow.config.parameters import AUTO, Request
 from phi3_mlflow.core import console
 from phi3_mlflow.core.console import summary_line
 from phi3_mlflow.core.errors import NotReproduced, NotVerified, UserError
-from phi3_mlflow.core.hints import run_command
 from phi3_mlflow.pipeline.command import Command
 from phi3_mlflow.pipeline.step import carry_out
+from phi3_mlflow.stages.asked_model import model_uri
 from phi3_mlflow.stages.reproduce import STEP as REPRODUCE
 from phi3_mlflow.tracking import registry
 from phi3_mlflow.tracking.stored_files import local_files, temporary_downloads
@@ -76,25 +76,11 @@ def asked_for(request: Request) -> Subject:
         UserError: there is no such thing.
         EnvironmentProblem: its files are gone.
     """
-    text, name = request.value("model_uri"), request.profile.registered_model
-    if text == AUTO:
-        champion = registry.alias_of(name, registry.CHAMPION)
-        if champion is None:
-            raise UserError(
-                f"parameter: model_uri = 'auto': no version of {name} carries the alias "
-                f"{registry.CHAMPION}.\nRun  {run_command(profile=request.profile.name)}  "
-                "first, or name a version or a folder: -P model_uri=models:/NAME/1"
-            )
-        text = champion
-    elif (folder := Path(text).expanduser()).is_dir():
-        return Subject(text, folder)
-    if text.isdecimal() or (text.startswith("models:/") and not text.startswith("models:/m-")):
-        try:
-            text = registry.find_version(text, name).uri
-        except UserError as error:
-            told = str(error).replace("parameter: version", "parameter: model_uri")
-            raise UserError(told) from error
-    elif "://" not in text and ":/" not in text:
+    asked = request.value("model_uri")
+    if asked != AUTO and (folder := Path(asked).expanduser()).is_dir():
+        return Subject(asked, folder)
+    text = model_uri(request)
+    if "://" not in text and ":/" not in text:
         raise UserError(
             f"parameter: model_uri = {text!r}: there is no such folder, and it is no version's "
             "number and no URI"
