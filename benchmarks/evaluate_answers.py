@@ -27,9 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from _result import Cell, write_result  # noqa: E402
+from evaluate_streamed import default_checkpoint  # noqa: E402
 from random_checkpoint import MODELS, write_random_checkpoint  # noqa: E402
-
-from phi3_mlflow.artifacts.cache import StepCache  # noqa: E402
 
 _WAY = """
 import json, sys
@@ -65,13 +64,6 @@ def run(checkpoint: Path, way: str, count: int, limit: int) -> dict[str, Any]:
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def default_checkpoint() -> Path:
-    entry = StepCache().latest("smollm2-135m", "fetch")
-    if entry is None:
-        raise SystemExit("step fetch has left nothing: run  mlflow run . -e fetch  first")
-    return entry.path
 
 
 def main() -> None:

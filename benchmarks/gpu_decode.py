@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from _result import Cell, write_result  # noqa: E402
 from gpu_train import made  # noqa: E402
-from random_checkpoint import MODELS  # noqa: E402
+from random_checkpoint import add_model_arguments  # noqa: E402
 
 WRITTEN = 64
 RUNS = 5
@@ -45,9 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(MODELS), default="phi-3-mini-4k")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--checkpoint", type=Path, help="one that was written before")
+    add_model_arguments(parser)
     parser.add_argument("--onnx", type=Path, help="folder of models exported before; or for them")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="of the prompt")

@@ -24,7 +24,7 @@ from typing import Any
 
 from _result import write_result
 from _train_processes import ROOT, SETTINGS, finish, start
-from random_checkpoint import MODELS, write_random_checkpoint
+from random_checkpoint import add_model_arguments, write_random_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
@@ -39,9 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(MODELS), default="phi-3-mini-4k")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--checkpoint", type=Path, help="one that was written before")
+    add_model_arguments(parser)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", type=int, default=4, help="of a batch")

@@ -189,6 +189,13 @@ def _byte_level_tokenizer(out: Path, config: dict[str, Any]) -> None:
     fast.save_pretrained(out)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint a benchmark takes: random in a model's shapes, or one that is there."""
+    parser.add_argument("--model", choices=sorted(MODELS), default="phi-3-mini-4k")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--checkpoint", type=Path, help="one that was written before")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

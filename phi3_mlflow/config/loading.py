@@ -156,9 +156,14 @@ def _find_calibration(chosen: dict[str, Any], file: Path) -> None:
     """GPTQ without texts takes the project's; a relative file counts from the profile's folder."""
     named = chosen.get("calibration")
     if isinstance(named, str):
-        chosen["calibration"] = str(file.absolute().parent / Path(named).expanduser())
+        chosen["calibration"] = _beside(file, named)
     elif named is None and chosen.get("algorithm") == "gptq":
         chosen["calibration"] = str(CALIBRATION)
+
+
+def _beside(file: Path, named: str) -> str:
+    """A path that a profile names: a relative one counts from the profile's folder."""
+    return str(file.absolute().parent / Path(named).expanduser())
 
 
 def _find_rows(content: dict[str, Any], file: Path) -> None:
@@ -166,7 +171,7 @@ def _find_rows(content: dict[str, Any], file: Path) -> None:
     train = content.get("train")
     for key in ROWS:
         if isinstance(train, dict) and isinstance(train.get(key), str) and not is_uri(train[key]):
-            train[key] = str(file.absolute().parent / Path(train[key]).expanduser())
+            train[key] = _beside(file, train[key])
 
 
 def _find_keys(content: dict[str, Any], file: Path) -> None:
@@ -175,7 +180,7 @@ def _find_keys(content: dict[str, Any], file: Path) -> None:
     def found(named: Any) -> Any:
         if not isinstance(named, str) or named.lstrip().startswith(PEM):
             return named
-        return str(file.absolute().parent / Path(named).expanduser())
+        return _beside(file, named)
 
     trust = content.get("trust")
     if not isinstance(trust, dict):

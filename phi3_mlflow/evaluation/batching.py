@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from phi3_mlflow.core.machine import available_memory
 from phi3_mlflow.evaluation.answers import NEEDLE, TASK
 from phi3_mlflow.evaluation.model_files import ONNX_CONFIG, size_of
-from phi3_mlflow.genai.kept import kv_cache
-from phi3_mlflow.runtime.genai_config import GenaiConfig
+from phi3_mlflow.genai.kept import token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -184,18 +183,18 @@ def most_together(asking: Asking) -> int:
     return asking.batch if isinstance(asking.batch, int) else TOGETHER
 
 
-def rows_that_fit(lengths: Sequence[int], most: int, token_bytes: int, room: int) -> int:
+def rows_that_fit(lengths: Sequence[int], most: int, one_token: int, room: int) -> int:
     """How many questions can be answered together, whichever they are; at least 1.
 
     Args:
         lengths: tokens of each, with its answer.
         most: how many at most.
-        token_bytes: of the keys and values of one token.
+        one_token: bytes of its keys and values.
         room: bytes that those of all may take.
     """
     rows, taken = 0, 0
     for length in sorted(lengths, reverse=True)[:most]:
-        taken += _GROWTH * token_bytes * length
+        taken += _GROWTH * one_token * length
         if taken > room:
             break
         rows += 1
@@ -236,7 +235,5 @@ def rows_together(asking: Asking, model: Path, lengths: Sequence[int]) -> int:
     size = size_of(model)
     if not is_large(asking, size):
         return 1
-    item = 1 if kv_cache(model) == "int8" else 4
-    token_bytes = item * GenaiConfig.read(model).decoder.token_values
     room = room_for_batch(size, available_memory())
-    return rows_that_fit(lengths, most_together(asking), token_bytes, room)
+    return rows_that_fit(lengths, most_together(asking), token_bytes(model), room)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phi3_mlflow.core.machine import usable_cores
-from phi3_mlflow.runtime.genai_config import GenaiConfig
+from phi3_mlflow.genai.kept import token_bytes
 from phi3_mlflow.runtime.genai_folder import provider_here, session_config
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class OnnxLogits:
         self._og = og
         provider = provider_here(og, directory)
         self._model = og.Model(session_config(og, directory, provider, usable_cores()))
-        place = 4 * GenaiConfig.read(directory).decoder.token_values
-        self._places = _MOST_CACHE // place
+        self._places = _MOST_CACHE // token_bytes(directory)
 
     def logits(self, pieces: Sequence[Array]) -> list[Array]:
         """Token ids (S,) of each text to logits (S, vocabulary).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phi3_mlflow.checkpoints.chat import stop_tokens
 from phi3_mlflow.evaluation.answers import Answer, judged, repeats
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Prompter:
         )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.ends = _ends(checkpoint) | _listed(self.tokenizer.eos_token_id)
+        self.ends = frozenset(stop_tokens(checkpoint, self.tokenizer))
 
     def prompt(self, question: Question) -> str:
         """A conversation up to where the answer begins."""
@@ -88,22 +89,3 @@ class Prompter:
             alone=alone,
         )
         return judged(answer, question)
-
-
-def _ends(checkpoint: Path) -> frozenset[int]:
-    """The end tokens that generation_config.json names, or else config.json."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        named = GenerationConfig.from_pretrained(str(checkpoint)).eos_token_id
-    except OSError:  # there is none
-        named = None
-    if named is None:
-        named = AutoConfig.from_pretrained(str(checkpoint)).eos_token_id
-    return _listed(named)
-
-
-def _listed(ends: int | Sequence[int] | None) -> frozenset[int]:
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,4 +1,4 @@
-"""What a built model keeps keys and values as."""
+"""What a built model keeps keys and values as, and how much they take."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def kv_cache(onnx_dir: Path) -> str:
     if onnx.TensorProto.INT8 in kinds:
         return "int8"
     return "float16" if onnx.TensorProto.FLOAT16 in kinds else "float32"
+
+
+def token_bytes(onnx_dir: Path) -> int:
+    """What the keys and values of one token take at most: float16 counts as float32."""
+    values = GenaiConfig.read(onnx_dir).decoder.token_values
+    return values if kv_cache(onnx_dir) == "int8" else 4 * values

@@ -40,6 +40,7 @@ from phi3_mlflow.evaluation.report.build import timed_answers
 from phi3_mlflow.evaluation.settings import EvaluationSettings, Margin
 from phi3_mlflow.flavors import bundle
 from phi3_mlflow.flavors.onnx import _OnnxFlavor
+from phi3_mlflow.genai import kept
 from phi3_mlflow.runtime.genai_config import GenaiConfig
 from tests.conftest import Workspace
 from tests.evaluation.measurements import answer, measurement
@@ -143,7 +144,7 @@ def test_keys_and_values_in_int8_have_room_for_more(
     room = 2 * 4 * GenaiConfig.read(onnx_dir).decoder.token_values * 30 * 2
     monkeypatch.setattr(batching, "room_for_batch", lambda size, free: room)
     assert rows_together(Asking(8), onnx_dir, [30] * 9) == 2
-    monkeypatch.setattr(batching, "kv_cache", lambda folder: "int8")
+    monkeypatch.setattr(kept, "kv_cache", lambda folder: "int8")
     assert rows_together(Asking(8), onnx_dir, [30] * 9) == 8
 
 
